@@ -1,0 +1,48 @@
+"""The errors that `listener` raises on purpose, drawn as a tree.
+
+::
+
+    ListenerError                what we say to a person: one sentence with the cause and the cure
+    ├── SettingsError            a setting is wrong; names the file, the key and what to write instead
+    ├── StoreError               the database refused or is not as it must be
+    │   ├── StoreUnavailable     it may answer later: retry (connection, start-up, failover, read-only)
+    │   └── SchemaOutdated       the schema is not the one this version needs: `listener db upgrade`
+    └── RemoteError              an outside party refused us
+        ├── LoginRefused         the credentials are wrong: no retry helps, a person must act
+        └── RemoteUnavailable    it may answer later: retry
+
+A message that was heard never raises any of these: what cannot be understood is kept and counted
+(`listener.core.calls.Unrecognised`, `Anomaly`).
+"""
+
+
+class ListenerError(Exception):
+    """Something that a person should read: the message names the cause and the cure."""
+
+
+class SettingsError(ListenerError):
+    """A setting is wrong; the message names the file, the key and what to write instead."""
+
+
+class StoreError(ListenerError):
+    """The database refused, or is not as it must be."""
+
+
+class StoreUnavailable(StoreError):
+    """The database does not answer now; the same call may succeed later."""
+
+
+class SchemaOutdated(StoreError):
+    """The schema is not the one that this version needs; `listener db upgrade` mends it."""
+
+
+class RemoteError(ListenerError):
+    """An outside party refused a request."""
+
+
+class LoginRefused(RemoteError):
+    """The credentials were refused: no retry helps until a person changes them."""
+
+
+class RemoteUnavailable(RemoteError):
+    """An outside party does not answer now; the same call may succeed later."""
