@@ -1,0 +1,316 @@
+"""Every metric name, once: what the daemon counts, with which closed set of labels.
+
+It decides names, units, buckets and label values. It refuses to know who calls it and why: its methods take
+plain values and the core's structs. No label ever carries an agent, a number or a call id; a value outside
+its closed set counts as `other`: nothing that the other side sends can grow the number of series.
+Every series exists from the start: the first failure is then an increase and not a new series, which
+Prometheus' `rate` would not see.
+
+Only this module knows prometheus_client. Two of its habits are avoided. `start_http_server` answers any path
+and blocks on an idle TLS connection, so `handler` is mounted on the daemon's own server. Its `Histogram`
+takes one value at a time under a lock; a batch has thousands, so `_Histogram` adds a batch at once.
+"""
+
+import platform
+from bisect import bisect_left
+from collections import Counter as Tally
+from collections.abc import Iterable
+from datetime import datetime
+from itertools import accumulate
+from typing import NamedTuple
+
+from aiohttp.typedefs import Handler
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.aiohttp import make_aiohttp_handler
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from listener import __version__
+from listener.core.calls import (
+    ANOMALY_KINDS,
+    GAP_CAUSES,
+    Call,
+    Decoded,
+    Direction,
+    Notification,
+    Outcome,
+    Recorded,
+    Snapshot,
+    State,
+    Step,
+    Unrecognised,
+)
+from listener.core.normalise import NOTIFICATION_TYPES
+
+OTHER = "other"
+"""The label of every value outside its closed set."""
+
+SESSION_STATES = ("starting", "up", "waiting", "refused")
+"""An account's session: on its way to its first subscription; subscribed and listening; lost and trying again
+after a pause; refused, so that only a person can help."""
+
+LAG_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1, 5, 60)
+COMMIT_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
+BATCH_BUCKETS = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2000)
+SERVER_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
+
+# `_created` series double what is scraped and say nothing that `process_start_time_seconds` does not.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client left it without types
+
+
+class Described(NamedTuple):
+    """One metric as the README lists it."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    help: str
+
+
+class _Histogram(Collector):
+    """A histogram that takes many values at once. Collected on the loop's thread, where it is also fed."""
+
+    def __init__(
+        self, registry: CollectorRegistry, name: str, help_: str, buckets: tuple[float, ...]
+    ) -> None:
+        self._name = name
+        self._help = help_
+        self._bounds = buckets
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count `value`, as often as it was met."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def collect(self) -> Iterable[Metric]:
+        """Give the present counts, cumulative as the exposition format has them."""
+        bounds = [*(format(bound, "g") for bound in self._bounds), "+Inf"]
+        family = HistogramMetricFamily(self._name, self._help)
+        pairs = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
+        family.add_metric([], pairs, self._sum)
+        return [family]
+
+
+def _children(metric: Counter, values: Iterable[str]) -> dict[str, Counter]:
+    """Make the series of a closed set of label values, and of `other`."""
+    return {value: metric.labels(value) for value in (*sorted(values), OTHER)}
+
+
+class Metrics:
+    """The daemon's metrics, in a registry of their own.
+
+    Feed it from the event loop only: it takes no locks of its own. Every method is cheap enough to be called
+    for each batch; none blocks, and none raises for a value that it does not know.
+    """
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        counter, gauge = self._counter, self._gauge
+        Info("listener_build", "Version of the listener and of Python.", registry=self._registry).info(
+            {"version": __version__, "python": platform.python_version()}
+        )
+        types = (*NOTIFICATION_TYPES, "snapshot", "aside", "unrecognised")
+        self._notifications = _children(
+            counter("listener_notifications", "Messages stored, by notification type.", "type"), types
+        )
+        self._anomalies = _children(
+            counter("listener_anomalies", "Oddities noticed on messages and calls, by kind.", "kind"),
+            ANOMALY_KINDS,
+        )
+        self._gap_seconds = _children(
+            counter(
+                "listener_gap_seconds", "Seconds in which an account was not observed, by cause.", "cause"
+            ),
+            GAP_CAUSES,
+        )
+        self._began = _children(
+            counter("listener_calls_began", "Calls heard of for the first time, by direction.", "direction"),
+            Direction,
+        )
+        self._ended = _children(
+            counter("listener_calls_ended", "Calls that ended, by outcome.", "outcome"), Outcome
+        )
+        open_states = (State.DIALING, State.RINGING, State.ESTABLISHED, State.HELD, OTHER)
+        calls = gauge("listener_calls", "Calls that go on now, by state.", "state")
+        self._calls = {str(state): calls.labels(state) for state in open_states}
+        sessions = gauge("listener_sessions", "Sessions with the contact centre, by state.", "state")
+        self._sessions = {state: sessions.labels(state) for state in (*SESSION_STATES, OTHER)}
+
+        self._unrecognised = counter("listener_unrecognised", "Messages that could not be understood.")
+        self._duplicates = counter(
+            "listener_duplicates", "Messages that came again and were not counted twice."
+        )
+        self._handshakes = counter("listener_handshakes", "Bayeux handshakes that were answered.")
+        self._reconnects = counter("listener_reconnects", "Sessions taken up again after they were lost.")
+        self._commit_failures = counter("listener_commit_failures", "Transactions that did not commit.")
+        self._backlog = gauge("listener_backlog_notifications", "Messages heard and not yet committed.")
+        self._backlog_bytes = gauge(
+            "listener_backlog_bytes", "Bytes of the messages heard and not yet committed."
+        )
+        self._accounts = gauge("listener_accounts", "Accounts configured.")
+        self._last_commit = gauge(
+            "listener_last_commit_timestamp_seconds", "When a batch was last committed."
+        )
+        self._last_heard = gauge(
+            "listener_last_notification_timestamp_seconds", "When the newest committed message was received."
+        )
+
+        def histogram(name: str, help_: str, buckets: tuple[float, ...]) -> _Histogram:
+            return _Histogram(self._registry, name, help_, buckets)
+
+        self._lag = histogram(
+            "listener_lag_seconds",
+            "From a message's receipt to the commit of the transaction that holds it, on our clock.",
+            LAG_BUCKETS_S,
+        )
+        self._server_lag = histogram(
+            "listener_server_lag_seconds",
+            "From the server's timestamp of a message to its receipt, across both clocks; less than 0 is 0.",
+            SERVER_BUCKETS_S,
+        )
+        self._batch = histogram("listener_batch_notifications", "Messages in one transaction.", BATCH_BUCKETS)
+        self._commit = histogram(
+            "listener_commit_seconds", "From the beginning of a transaction to its commit.", COMMIT_BUCKETS_S
+        )
+        ProcessCollector(registry=self._registry)
+
+    def _counter(self, name: str, help_: str, *labels: str) -> Counter:
+        return Counter(name, help_, labels, registry=self._registry)
+
+    def _gauge(self, name: str, help_: str, *labels: str) -> Gauge:
+        return Gauge(name, help_, labels, registry=self._registry)
+
+    # ── what happened ─────────────────────────────────────────────────────────────────────────────────
+
+    def recorded(self, recorded: Recorded, seconds: float, now: datetime) -> None:
+        """Count one committed transaction: what it did, how long it took, and that it committed at `now`."""
+        entries = recorded.entries
+        self._commit.observe(seconds)
+        self._batch.observe(len(entries) + recorded.duplicates)
+        self._duplicates.inc(recorded.duplicates)
+        self._last_commit.set(now.timestamp())
+        if entries:
+            self._last_heard.set(max(entry.heard.received_at for entry in entries).timestamp())
+        for received_at, times in Tally(entry.heard.received_at for entry in entries).items():
+            self._lag.observe(max(0.0, (now - received_at).total_seconds()), times)
+        odd: Tally[str] = Tally()
+        for entry in entries:
+            decoded = entry.decoded
+            if isinstance(decoded, Snapshot):
+                odd.update(anomaly.kind for anomaly in decoded.oddities)
+            elif isinstance(decoded, Notification) and decoded.server_at is not None:
+                self._server_lag.observe(
+                    max(0.0, (entry.heard.received_at - decoded.server_at).total_seconds())
+                )
+        for kind, times in Tally(_type(entry.decoded) for entry in entries).items():
+            self._notifications.get(kind, self._notifications[OTHER]).inc(times)
+            if kind == "unrecognised":
+                self._unrecognised.inc(times)
+        for step in recorded.steps:
+            odd.update(anomaly.kind for anomaly in step.anomalies)
+            self._step(step)
+        for kind, times in odd.items():
+            self._anomalies.get(kind, self._anomalies[OTHER]).inc(times)
+
+    def _step(self, step: Step) -> None:
+        call = step.call
+        if step.began:
+            self._began[call.direction].inc()
+        if step.ended:
+            self._ended[call.outcome or Outcome.UNKNOWN].inc()
+        if call.open:
+            self._open_calls_of(call.state).inc()
+        # A call that had ended before this message left the gauge then.
+        if not step.began and (call.open or step.ended):
+            before = next((change.before for change in step.changes if change.field == "state"), call.state)
+            self._open_calls_of(before or "").dec()
+
+    def _open_calls_of(self, state: str) -> Gauge:
+        return self._calls.get(state, self._calls[OTHER])
+
+    def commit_failed(self) -> None:
+        """Count a transaction that did not commit; what it held is tried again."""
+        self._commit_failures.inc()
+
+    def handshake(self) -> None:
+        """Count an answered handshake."""
+        self._handshakes.inc()
+
+    def reconnect(self) -> None:
+        """Count a session that was lost and is up again."""
+        self._reconnects.inc()
+
+    def gap(self, cause: str, seconds: float) -> None:
+        """Add `seconds` in which one account was not observed because of `cause` (one of GAP_CAUSES)."""
+        self._gap_seconds.get(cause, self._gap_seconds[OTHER]).inc(seconds)
+
+    # ── what is now ───────────────────────────────────────────────────────────────────────────────────
+
+    def session_state(self, before: str | None, after: str | None) -> None:
+        """Move one session from a state to another (one of SESSION_STATES); None is outside of being."""
+        if before is not None:
+            self._sessions.get(before, self._sessions[OTHER]).dec()
+        if after is not None:
+            self._sessions.get(after, self._sessions[OTHER]).inc()
+
+    def open_calls(self, calls: Iterable[Call]) -> None:
+        """Set the calls that go on now, as the store knew them at start; `recorded` moves them on."""
+        for gauge in self._calls.values():
+            gauge.set(0)
+        for call in calls:
+            self._open_calls_of(call.state).inc()
+
+    def backlog(self, notifications: int, size_bytes: int) -> None:
+        """Say how much was heard and is not yet committed."""
+        self._backlog.set(notifications)
+        self._backlog_bytes.set(size_bytes)
+
+    def accounts(self, count: int) -> None:
+        """Say how many accounts are configured."""
+        self._accounts.set(count)
+
+    # ── who reads it ──────────────────────────────────────────────────────────────────────────────────
+
+    def handler(self) -> Handler:
+        """Give the aiohttp handler of /metrics; it speaks Prometheus' text format and OpenMetrics."""
+        return make_aiohttp_handler(self._registry)
+
+    def text(self) -> str:
+        """Give all of it in Prometheus' text format."""
+        return generate_latest(self._registry).decode()
+
+    def catalogue(self) -> list[Described]:
+        """List our metrics by name, as the README shows them; the process' own are left out."""
+        found = []
+        for family in self._registry.collect():
+            if not family.name.startswith("listener_"):
+                continue
+            suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
+            labels = {name for sample in family.samples for name in sample.labels} - {"le"}
+            found.append(
+                Described(family.name + suffix, family.type, tuple(sorted(labels)), family.documentation)
+            )
+        return sorted(found)
+
+
+def _type(decoded: Decoded) -> str:
+    match decoded:
+        case Notification():
+            return decoded.notification_type
+        case Snapshot():
+            return "snapshot"
+        case Unrecognised():
+            return "unrecognised"
+        case _:
+            return "aside"

@@ -1,0 +1,109 @@
+"""The daemon's own pages: /metrics, /-/healthy and /-/ready.
+
+It decides who may read them and what "healthy" means; it refuses to know what is measured and what "ready"
+means, which it is given as plain callables.
+
+**Healthy** says only that this process' event loop turns: nothing outside is asked, because a supervisor that
+restarts on red would otherwise drop every session in the middle of a contact centre's outage. **Ready** says
+whether the daemon does its work now, with the reasons when it does not. With a token, both metrics and
+reasons need it; /-/healthy never does, since it says nothing.
+"""
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from listener.errors import SettingsError
+
+TICK_S = 1.0
+"""How often the loop shows that it turns."""
+TICK_AGE_S_MAX = 5.0
+"""A loop that has not turned for this long is not healthy: sessions are about to be lost."""
+REQUEST_BYTES_MAX = 1024
+"""Nobody posts anything here; a larger body is refused."""
+SHUTDOWN_S_MAX = 1.0
+"""How long an open request may delay the end; a scrape that takes longer is cut off."""
+
+
+class Operations:
+    """A small web server. Enter it as an asynchronous context manager to serve, leave it to stop.
+
+    `metrics` is the handler of /metrics. `not_ready` gives the reasons why the daemon is not ready now, one
+    sentence each, and nothing when it is; it is called on the event loop for each request and must not block.
+    `port` 0 takes a free port; `port` says which, once it serves.
+    """
+
+    def __init__(
+        self,
+        *,
+        metrics: Handler,
+        not_ready: Callable[[], Sequence[str]],
+        host: str = "127.0.0.1",
+        port: int = 0,
+        token: str | None = None,
+    ) -> None:
+        self.host = host
+        self.port = port
+        self._not_ready = not_ready
+        self._token = token
+        self._ticked_at = 0.0
+        self._tick: asyncio.TimerHandle | None = None
+        app = web.Application(middlewares=[self._guard], client_max_size=REQUEST_BYTES_MAX)
+        app.router.add_get("/metrics", metrics)
+        app.router.add_get("/-/healthy", self._healthy)
+        app.router.add_get("/-/ready", self._ready)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S_MAX)
+
+    async def __aenter__(self) -> Self:
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self.host, self.port)
+        try:
+            await site.start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise SettingsError(
+                f"cannot listen on operations.host {self.host}, operations.port {self.port} ({error.strerror}): "
+                "free it, or set another port"
+            ) from None
+        self.port = self._runner.addresses[0][1]
+        self._turn()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._tick is not None:
+            self._tick.cancel()
+        await self._runner.cleanup()
+
+    def _turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._ticked_at = loop.time()
+        self._tick = loop.call_later(TICK_S, self._turn)
+
+    @web.middleware
+    async def _guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        if self._token is not None and request.path != "/-/healthy":
+            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), self._token.encode()):
+                return web.Response(
+                    status=401, text="a bearer token is needed\n", headers={"WWW-Authenticate": "Bearer"}
+                )
+        return await handler(request)
+
+    async def _healthy(self, request: web.Request) -> web.Response:  # noqa: ARG002 - aiohttp's signature
+        age_s = asyncio.get_running_loop().time() - self._ticked_at
+        if age_s > TICK_AGE_S_MAX:
+            return web.Response(status=503, text=f"the event loop stood still for {age_s:.1f} s\n")
+        return web.Response(text="healthy\n")
+
+    async def _ready(self, request: web.Request) -> web.Response:  # noqa: ARG002 - aiohttp's signature
+        reasons = list(self._not_ready())
+        return web.json_response({"ready": not reasons, "reasons": reasons}, status=503 if reasons else 200)
