@@ -67,8 +67,8 @@ class Operations:
         except OSError as error:
             await self._runner.cleanup()
             raise SettingsError(
-                f"cannot listen on operations.host {self.host}, operations.port {self.port} ({error.strerror}): "
-                "free it, or set another port"
+                f"operations.host {self.host}, operations.port {self.port}: cannot listen there "
+                f"({error.strerror}); free it, or set another port"
             ) from None
         self.port = self._runner.addresses[0][1]
         self._turn()
