@@ -1,0 +1,693 @@
+"""A Bayeux session without I/O: what to send next, what was heard, what is a gap, when to wake.
+
+The shell (`listener.adapters.cometd`) owns the sockets and the clock. It asks `Session.next(now)` what to
+do, does it, and reports the outcome with `received` or `failed`; whatever is worth telling comes back as a
+list of facts. Everything that was measured to go wrong in Bayeux clients is decided here, where a test
+needs no network (numbers refer to the Bayeux specification 1.0 and the CometD reference):
+
+- **Acknowledge after commit.** With CometD's `ack` extension the server keeps what it sent until a later
+  /meta/connect carries the number of the batch. We send that number only after `committed` covers the
+  batch. While the store is slow the session is kept alive by polling with the *old* number and
+  `advice: {timeout: 0}`, and what the answer repeats is not taken.
+- **Redelivery has a place.** The answer to a connect that carries number A begins with the first message
+  after A. So each message has a position, counted from 1 since the handshake; one at a position that we
+  have had is a repetition, whatever it says, and two equal messages at two positions are two facts.
+- **Time is in milliseconds** in `advice`, fields that are absent keep their last value, null is absent.
+- **No storm.** Every failure waits longer than the last, with jitter and a cap; a handshake that succeeds
+  does not reset this, a connection that lasts does. For the first seconds retries stay dense, because the
+  server still keeps the session (`maxInterval`, 10 s by default).
+- **Nothing silent.** A refused subscription, a lost session, a server that says "none": each is a fact, is
+  tried again slowly, and counts as a gap until every channel is subscribed again.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+HANDSHAKE = "/meta/handshake"
+CONNECT = "/meta/connect"
+SUBSCRIBE = "/meta/subscribe"
+UNSUBSCRIBE = "/meta/unsubscribe"
+DISCONNECT = "/meta/disconnect"
+
+LONG_POLLING = "long-polling"
+WEBSOCKET = "websocket"
+
+
+class Limits(Struct, frozen=True):
+    """Every bound of a session, in seconds."""
+
+    request_s: float = 10.0
+    """How long a handshake, a subscription or a farewell may take."""
+    network_delay_s: float = 5.0
+    """How much longer than its own timeout a connect may take. With the first retry it must stay below the
+    server's maxInterval (10 s by default), or a half-open connection costs the session."""
+    keep_alive_s: float = 4.0
+    """How long a session may be silent while the store is slow; below maxInterval."""
+    timeout_s: float = 30.0
+    """The connect timeout that is assumed until the server advises another."""
+    timeout_s_max: float = 120.0
+    interval_s_max: float = 60.0
+    """No advice makes us wait longer between two connects."""
+    retry_s: float = 0.2
+    retry_dense_s_max: float = 2.0
+    """Cap of the wait between retries during `dense_s`."""
+    dense_s: float = 10.0
+    retry_s_max: float = 30.0
+    lasting_s: float = 1.0
+    """A session that has lived this long when a connect succeeds has recovered: waits start small again."""
+    refused_s: float = 60.0
+    """How long to leave a server alone that advised "none" or refused the login; for the login twice as long
+    each time up to `refused_s_max`, since insisting locks accounts."""
+    refused_s_max: float = 3600.0
+    resubscribe_s: float = 5.0
+    resubscribe_s_max: float = 60.0
+    malformed_max: int = 3
+    """After so many unreadable answers in a row the session is given up, so that one message that cannot be
+    delivered does not hold back all that follow it."""
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class Failure(StrEnum):
+    """Why a request brought no answer that can be used."""
+
+    NETWORK = "network"
+    """No connection, cut, or no answer in time."""
+    HTTP = "http"
+    """An answer with another status than 200 and than those below."""
+    UNAUTHORISED = "unauthorised"
+    """HTTP 401 or 403: log in again."""
+    MALFORMED = "malformed"
+    """Not a JSON array of messages."""
+    OVERSIZED = "oversized"
+    """More than the shell takes in one answer."""
+
+
+class Send(Struct, frozen=True):
+    """Send these messages and report the outcome of each answer within `timeout_s`."""
+
+    channel: str
+    """The meta channel of all of them."""
+    messages: list[dict[str, Any]]
+    timeout_s: float
+
+
+class Sleep(Struct, frozen=True):
+    """Nothing to do until this time, unless the session is told something before."""
+
+    until: float
+
+
+class Login(Struct, frozen=True):
+    """Authenticate anew, then call `logged_in` or `failed`."""
+
+
+class Stop(Struct, frozen=True):
+    """The session is over; nothing is to be sent any more."""
+
+
+Action = Send | Sleep | Login | Stop
+"""What `Session.next` may answer."""
+
+
+class Handshaken(Struct, frozen=True):
+    """A new session began: positions count from 1 again. `ack` says whether the server acknowledges."""
+
+    client_id: str
+    ack: bool
+    connection_types: tuple[str, ...]
+
+
+class Subscribed(Struct, frozen=True):
+    """Every wanted channel is subscribed: from here on nothing is missed."""
+
+
+class SubscriptionRefused(Struct, frozen=True):
+    """The server denied a channel; it is asked for again after `retry_s`."""
+
+    channel: str
+    error: str
+    retry_s: float
+
+
+class Delivered(Struct, frozen=True):
+    """Messages that were not had before, at consecutive positions beginning with `first`.
+
+    `redelivered` counts those that the server repeated; they are left out. `odd` are items that have no
+    position, because no server counts them: such as are no Bayeux messages, and data that an acknowledging
+    server sends outside of a connect.
+    """
+
+    first: int
+    messages: list[tuple[str, bytes]]
+    """Channel and exact bytes of each."""
+    redelivered: int = 0
+    odd: tuple[tuple[str, bytes], ...] = ()
+
+
+class Gap(Struct, frozen=True):
+    """Since `since` we may have missed something, because of `cause` (one of `calls.GAP_CAUSES`). Another
+    one with the same `since` knows the cause better."""
+
+    since: float
+    cause: str
+    detail: str
+
+
+class Unbroken(Struct, frozen=True):
+    """The session goes on where it was and the server kept everything: the last `Gap` was none."""
+
+
+class Resumed(Struct, frozen=True):
+    """The session goes on, but without acknowledgements what was in flight is lost: the `Gap` ends now."""
+
+
+class Refused(Struct, frozen=True):
+    """The server wants no more of us ("none"), for the reason in `error`; tried again after `retry_s`."""
+
+    error: str
+    retry_s: float
+
+
+Fact = Handshaken | Subscribed | SubscriptionRefused | Delivered | Gap | Unbroken | Resumed | Refused
+"""What `received` and `failed` may tell."""
+
+
+class _Advice(Struct):
+    reconnect: Any = None
+    interval: Any = None
+    timeout: Any = None
+    maxInterval: Any = None  # noqa: N815 - the specification's spelling, here and below
+
+
+class _Reply(Struct):
+    """What we read of a message; `data` is only asked whether it is there."""
+
+    channel: str = ""
+    id: Any = None
+    successful: bool | None = None
+    error: str | None = None
+    clientId: str | None = None  # noqa: N815
+    subscription: Any = None
+    supportedConnectionTypes: Any = None  # noqa: N815
+    advice: _Advice | None = None
+    ext: Any = None
+    data: Raw | UnsetType = UNSET
+
+
+_REPLY = msgspec.json.Decoder(_Reply)
+_OBJECT = msgspec.json.Decoder(dict[str, Any])
+
+
+def split(body: bytes) -> list[bytes]:
+    """The exact bytes of each message of a Bayeux answer; raises `ValueError` if it is no JSON array.
+
+    A lone object, which the specification allows, counts as an array of one.
+    """
+    try:
+        return [bytes(raw) for raw in _ITEMS.decode(body)]
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        if body.lstrip()[:1] == b"{":
+            try:
+                _OBJECT.decode(body)
+            except (msgspec.MsgspecError, UnicodeError, RecursionError):
+                pass
+            else:
+                return [body]
+        raise ValueError(f"no JSON array of messages: {error}") from None
+
+
+_ITEMS = msgspec.json.Decoder(list[Raw])
+
+
+class Session:
+    """One account's Bayeux session, over as many handshakes as it takes.
+
+    Drive it so: `want` the channels; then in a loop ask `next(now)` and obey; report with `received`
+    (also for messages that come unasked over a websocket), `failed`, `logged_in`; call `committed` whenever
+    delivered messages have become durable. `now` is any steady clock in seconds. `jitter` gives numbers
+    from 0 to 1. Never raises for anything that a server sends.
+    """
+
+    def __init__(self, *, now: float, jitter: Callable[[], float], limits: Limits = DEFAULT_LIMITS) -> None:
+        self.limits = limits
+        self.connection_type = LONG_POLLING
+        self.client_id: str | None = None
+        self.ack = False
+        """Whether the server of the present session acknowledges."""
+        self.position = 0
+        """The last position that was delivered in the present session."""
+        self.observing = False
+        """Whether every wanted channel is subscribed and the last exchange succeeded."""
+        self._jitter = jitter
+        self._offered = [LONG_POLLING]
+        self._channels: list[str] = []
+        self._subscribed: set[str] = set()
+        self._resubscribe_at: dict[str, float] = {}
+        self._refusals = 0
+        self._message_id = 0
+        self._unanswered: set[str] = set()
+        self._advice_timeout_s = limits.timeout_s
+        self._interval_s = 0.0
+        self._login_due = False
+        self._first_connect = True
+        self._connecting = False
+        self._polling_old = False
+        self._batches: deque[tuple[Any, int]] = deque()
+        self._acknowledged: Any = None
+        self._acknowledged_position = 0
+        self._committed = 0
+        self._cursor = 0
+        self._not_before = 0.0
+        self._last_contact = now
+        self._vouched = now
+        self._handshaken_at = now
+        self._failures = 0
+        self._failing_since: float | None = None
+        self._malformed = 0
+        self._login_refusals = 0
+        self._gap: str | None = "not started"
+        self._gap_since = now
+        self._goodbye = False
+        self._stopped = False
+
+    # What the shell wants
+
+    def offer(self, connection_types: Iterable[str]) -> None:
+        """The connection types that the next handshake offers."""
+        self._offered = list(connection_types)
+
+    def use(self, connection_type: str) -> None:
+        """The connection type that further connects name, after the negotiation."""
+        self.connection_type = connection_type
+
+    def want(self, channel: str) -> None:
+        """Subscribes to `channel` now and after every handshake."""
+        if channel not in self._channels:
+            self._channels.append(channel)
+
+    def unwant(self, channel: str) -> None:
+        """Forgets `channel`; the server is not told, its messages are merely no longer asked for."""
+        if channel in self._channels:
+            self._channels.remove(channel)
+        self._subscribed.discard(channel)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The channels asked for with `want`."""
+        return tuple(self._channels)
+
+    @property
+    def subscribed(self) -> frozenset[str]:
+        """The channels that the server has confirmed in the present session."""
+        return frozenset(self._subscribed)
+
+    @property
+    def answered(self) -> bool:
+        """Whether every message of the last `Send` has had its reply."""
+        return not self._unanswered
+
+    @property
+    def connected(self) -> bool:
+        """Whether a connect has succeeded since the last handshake."""
+        return self.client_id is not None and not self._first_connect
+
+    @property
+    def timeout_s(self) -> float:
+        """How long the server holds a connect, as advised."""
+        return self._advice_timeout_s
+
+    def committed(self, position: int) -> None:
+        """Everything up to `position` of the present session is durable and may be acknowledged."""
+        self._committed = max(self._committed, position)
+
+    def login_first(self) -> None:
+        """Authenticate before anything else is sent."""
+        self._login_due = True
+
+    def logged_in(self) -> None:
+        """The login that `Login` asked for succeeded."""
+        self._login_due = False
+        self._login_refusals = 0
+
+    def login_refused(self, detail: str, now: float) -> list[Fact]:
+        """The login that `Login` asked for was refused; it is tried again, ever more slowly."""
+        facts: list[Fact] = []
+        self._begin_gap("login refused", detail, facts)
+        wait_s = self.limits.refused_s * 2.0 ** min(self._login_refusals, 20)
+        self._login_refusals += 1
+        self._not_before = now + min(wait_s, self.limits.refused_s_max)
+        return facts
+
+    def goodbye(self) -> None:
+        """Say /meta/disconnect next, then stop."""
+        self._goodbye = True
+
+    # What to do
+
+    def next(self, now: float) -> Action:
+        """The next thing to do; ask again after doing it."""
+        if self._stopped:
+            return Stop()
+        if self._goodbye:
+            if self.client_id is None:
+                self._stopped = True
+                return Stop()
+            return self._send(DISCONNECT, [{"clientId": self.client_id}], self.limits.request_s)
+        if now < self._not_before:
+            return Sleep(self._not_before)
+        if self._login_due:
+            return Login()
+        if self.client_id is None:
+            return self._handshake()
+        missing = [channel for channel in self._channels if channel not in self._subscribed]
+        due = [channel for channel in missing if self._resubscribe_at.get(channel, now) <= now]
+        if due and not self._first_connect:
+            messages = [{"clientId": self.client_id, "subscription": channel} for channel in due]
+            return self._send(SUBSCRIBE, messages, self.limits.request_s)
+        return self._connect(now, [self._resubscribe_at.get(channel, now) for channel in missing])
+
+    def _handshake(self) -> Send:
+        message = {
+            "version": "1.0",
+            "minimumVersion": "1.0",
+            "supportedConnectionTypes": list(self._offered),
+            "advice": {"timeout": round(self.limits.timeout_s * 1000), "interval": 0},
+            "ext": {"ack": True},
+        }
+        return self._send(HANDSHAKE, [message], self.limits.request_s)
+
+    def _connect(self, now: float, resubscribe_at: list[float]) -> Action:
+        message: dict[str, Any] = {"clientId": self.client_id, "connectionType": self.connection_type}
+        while self._batches and self._batches[0][1] <= self._committed:
+            self._acknowledged, self._acknowledged_position = self._batches.popleft()
+        waiting = bool(self._batches)  # something was delivered and is not durable yet
+        # Before the first subscription there is nothing to hear, and a long poll would hold it up.
+        idle = not self._first_connect and not self._channels
+        if waiting or idle:
+            due = self._last_contact + self.limits.keep_alive_s
+            if now < due:
+                return Sleep(due)
+        hold_s = self._advice_timeout_s
+        if waiting or idle or self._first_connect:
+            hold_s = 0.0
+        elif resubscribe_at:
+            hold_s = min(hold_s, max(0.0, min(resubscribe_at) - now))
+        if hold_s < self._advice_timeout_s:
+            message["advice"] = {"timeout": round(hold_s * 1000)}
+        if self.ack:
+            message["ext"] = {"ack": -1 if self._acknowledged is None else self._acknowledged}
+            self._cursor = self._acknowledged_position
+            self._polling_old = waiting
+        self._connecting = True
+        return self._send(CONNECT, [message], hold_s + self.limits.network_delay_s)
+
+    def _send(self, channel: str, messages: list[dict[str, Any]], timeout_s: float) -> Send:
+        self._unanswered.clear()
+        for message in messages:
+            self._message_id += 1
+            message["channel"] = channel
+            message["id"] = str(self._message_id)
+            self._unanswered.add(message["id"])
+        return Send(channel, messages, timeout_s)
+
+    # What happened
+
+    def received(self, items: list[bytes], now: float) -> list[Fact]:
+        """Messages from the server, as `split` gave them: an answer, or frames that came unasked."""
+        self._last_contact = now
+        self._malformed = 0
+        new: list[tuple[str, bytes]] = []
+        odd: list[tuple[str, bytes]] = []
+        first = self.position + 1
+        redelivered = 0
+        replies: list[_Reply] = []
+        for raw in items:
+            try:
+                item = _REPLY.decode(raw)
+            except (msgspec.MsgspecError, UnicodeError, RecursionError):
+                item = _tolerant(raw)
+            if item.channel.startswith("/meta/"):
+                replies.append(item)
+            elif item.channel and item.data is not UNSET and (self._connecting or not self.ack):
+                if self._counts_as_new():
+                    new.append((item.channel, raw))
+                elif not self._polling_old:
+                    redelivered += 1
+            elif item.data is not UNSET or item.successful is None:
+                odd.append((item.channel, raw))
+        facts: list[Fact] = []
+        if new or odd or redelivered:
+            facts.append(Delivered(first, new, redelivered, tuple(odd)))
+        # Data first: the number in a connect's reply covers the data that came with it.
+        for reply in replies:
+            self._replied(reply, now, facts)
+        if self.client_id is not None:
+            self._vouched = now
+        return facts
+
+    def _replied(self, reply: _Reply, now: float, facts: list[Fact]) -> None:
+        if reply.id is None:
+            self._unanswered.clear()  # `id` is optional; without it the answer is to what was asked last
+        else:
+            self._unanswered.discard(str(reply.id))
+        self._advised(reply)
+        if reply.channel == CONNECT:
+            self._connect_replied(reply, now, facts)
+        elif reply.channel == HANDSHAKE:
+            self._handshake_replied(reply, now, facts)
+        elif reply.channel == SUBSCRIBE:
+            self._subscribe_replied(reply, now, facts)
+        elif reply.channel == DISCONNECT:
+            self._disconnected(now, facts)
+
+    def _counts_as_new(self) -> bool:
+        """Gives the next data message its position; False if we have had that position."""
+        if self._cursor < self.position:
+            self._cursor += 1
+            return False
+        if self._polling_old:
+            return False  # not taken, so not acknowledged: it comes again
+        self._cursor += 1
+        self.position += 1
+        return True
+
+    def _advised(self, reply: _Reply) -> None:
+        """Merges advice; what is absent, null or nonsense keeps its last value. Times are milliseconds."""
+        advice = reply.advice
+        if advice is None:
+            return
+        timeout = _seconds(advice.timeout)
+        if timeout is not None:
+            self._advice_timeout_s = min(timeout, self.limits.timeout_s_max)
+        interval = _seconds(advice.interval)
+        if interval is not None:
+            self._interval_s = min(interval, self.limits.interval_s_max)
+
+    def _handshake_replied(self, reply: _Reply, now: float, facts: list[Fact]) -> None:
+        if not reply.successful or not reply.clientId:
+            self._rejected(reply, now, facts, otherwise="handshake")
+            return
+        ext = reply.ext
+        self.client_id = reply.clientId
+        self.ack = isinstance(ext, dict) and bool(ext.get("ack"))
+        self.position = self._cursor = self._committed = self._acknowledged_position = 0
+        self._acknowledged = None
+        self._batches.clear()
+        self._subscribed.clear()
+        self._resubscribe_at.clear()
+        self._first_connect = True
+        self._polling_old = False
+        self._handshaken_at = now
+        types = reply.supportedConnectionTypes
+        offered = tuple(str(each) for each in types) if isinstance(types, list) else (LONG_POLLING,)
+        facts.append(Handshaken(reply.clientId, self.ack, offered))
+
+    def _connect_replied(self, reply: _Reply, now: float, facts: list[Fact]) -> None:
+        self._connecting = False
+        if reply.successful is False:
+            self._rejected(reply, now, facts, otherwise="retry")
+            return
+        if self.ack and not self._polling_old:
+            number = reply.ext.get("ack") if isinstance(reply.ext, dict) else None
+            if number is not None and self._cursor > self._acknowledged_position:
+                self._batches.append((number, self._cursor))
+        self._polling_old = False
+        self._first_connect = False
+        if self._failures == 0 or now - self._handshaken_at >= self.limits.lasting_s:
+            self._failures = 0
+            self._failing_since = None
+        if self._interval_s:
+            self._not_before = now + self._interval_s
+        if self._gap == "disconnected" and self._all_subscribed():
+            facts.append(Unbroken() if self.ack else Resumed())
+            self._gap = None
+        self.observing = self._gap is None and self._all_subscribed()
+
+    def _subscribe_replied(self, reply: _Reply, now: float, facts: list[Fact]) -> None:
+        listed = reply.subscription if isinstance(reply.subscription, list) else [reply.subscription]
+        channels = [each for each in listed if isinstance(each, str) and each in self._channels]
+        if reply.successful:
+            self._subscribed.update(channels)
+            if self._all_subscribed():
+                self._refusals = 0
+                self._gap = None
+                self.observing = True
+                facts.append(Subscribed())
+            return
+        error = reply.error or "refused without a reason"
+        if _code(error) in (401, 402):
+            self._rejected(reply, now, facts, otherwise="handshake")
+            return
+        self._refusals += 1
+        doubled = self.limits.resubscribe_s * 2.0 ** min(self._refusals - 1, 10)
+        retry_s = min(self.limits.resubscribe_s_max, doubled)
+        for channel in channels or [c for c in self._channels if c not in self._subscribed]:
+            self._resubscribe_at[channel] = now + retry_s
+            facts.append(SubscriptionRefused(channel, error, retry_s))
+        self._begin_gap("subscription refused", error, facts)
+
+    def _all_subscribed(self) -> bool:
+        return bool(self._channels) and self._subscribed.issuperset(self._channels)
+
+    def _disconnected(self, now: float, facts: list[Fact]) -> None:
+        """Our own farewell was answered, or the server ended the session unasked."""
+        if self._goodbye:
+            self._stopped = True
+            return
+        self._lose_session("session lost", "the server sent /meta/disconnect", facts)
+        self._back_off(now)
+
+    def _rejected(self, reply: _Reply, now: float, facts: list[Fact], *, otherwise: str) -> None:
+        """An unsuccessful reply: what the advice, else the error code, else `otherwise` says."""
+        error = reply.error or f"{reply.channel} unsuccessful without a reason"
+        code = _code(error)
+        reconnect = reply.advice.reconnect if reply.advice is not None else None
+        if reconnect not in ("retry", "handshake", "none"):
+            reconnect = "handshake" if code == 402 or reply.channel == HANDSHAKE else otherwise
+        unknown_client = code == 402 or (code == 403 and "unknown" in error.lower())
+        if unknown_client and reconnect == "retry":
+            reconnect = "handshake"  # a client that the server does not know gets nowhere by retrying
+        if reconnect == "none":
+            self._lose_session("session lost", error, facts)
+            self._not_before = now + self.limits.refused_s
+            self._login_due = True
+            facts.append(Refused(error, self.limits.refused_s))
+            return
+        if code in (401, 403) and not unknown_client:
+            self._login_due = True
+        if reconnect == "handshake":
+            self._lose_session("session lost", error, facts)
+        self._back_off(now)
+
+    def failed(self, failure: Failure, detail: str, now: float) -> list[Fact]:
+        """The last `Send` or `Login` brought no answer that can be used; `detail` is for a person."""
+        facts: list[Fact] = []
+        if self._goodbye:
+            self._stopped = True
+            return facts
+        self._unanswered.clear()
+        self._connecting = False
+        self._polling_old = False
+        if failure is Failure.UNAUTHORISED:
+            self._login_due = True
+        if failure is Failure.MALFORMED:
+            self._malformed += 1
+        if failure is Failure.OVERSIZED:
+            self._lose_session("oversized", detail, facts)
+        elif self._malformed >= self.limits.malformed_max:
+            self._malformed = 0
+            self._lose_session("malformed", detail, facts)
+        else:
+            self._begin_gap("disconnected", detail, facts)
+        self._back_off(now)
+        return facts
+
+    def abandon(self, cause: str, detail: str, now: float) -> list[Fact]:
+        """Gives the session up and begins another: the shell found it deaf or cannot take its messages."""
+        facts: list[Fact] = []
+        self._lose_session(cause, detail, facts)
+        self._back_off(now)
+        return facts
+
+    def _begin_gap(self, cause: str, detail: str, facts: list[Fact]) -> None:
+        """From the last moment that we can vouch for on, unless a gap is open; then its cause may change.
+
+        A /meta/connect may have been waiting in silence, so that moment is the last good answer, not now.
+        "disconnected" says least, and replaces nothing but "not started".
+        """
+        self.observing = False
+        if self._gap is None:
+            self._gap_since = self._vouched
+        elif cause == self._gap or (cause == "disconnected" and self._gap != "not started"):
+            return
+        self._gap = cause
+        facts.append(Gap(self._gap_since, cause, detail))
+
+    def _lose_session(self, cause: str, detail: str, facts: list[Fact]) -> None:
+        """The session is gone, and with it what the server had not sent yet."""
+        had = self.client_id is not None
+        self.client_id = None
+        self._subscribed.clear()
+        self._connecting = False
+        if had:
+            self._begin_gap(cause, detail, facts)
+
+    def _back_off(self, now: float) -> None:
+        """Waits before the next attempt: twice as long each time, with jitter, dense while the server may
+        still keep the session; at least as long as the server advised."""
+        if self._failing_since is None:
+            self._failing_since = now
+        dense = now - self._failing_since < self.limits.dense_s
+        cap = self.limits.retry_dense_s_max if dense else self.limits.retry_s_max
+        wait = min(cap, self.limits.retry_s * 2.0 ** min(self._failures, 20))
+        self._failures += 1
+        self._not_before = now + max(wait * (0.5 + 0.5 * self._jitter()), self._interval_s)
+
+
+def _tolerant(raw: bytes) -> _Reply:
+    """Reads a message of which some field has an unexpected type; what cannot be read is as if absent."""
+    try:
+        fields = _OBJECT.decode(raw)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return _Reply()
+    text = {
+        name: fields[name] for name in ("channel", "error", "clientId") if isinstance(fields.get(name), str)
+    }
+    advice = fields.get("advice")
+    return _Reply(
+        **text,
+        id=fields.get("id"),
+        successful=fields["successful"] if isinstance(fields.get("successful"), bool) else None,
+        subscription=fields.get("subscription"),
+        supportedConnectionTypes=fields.get("supportedConnectionTypes"),
+        ext=fields.get("ext"),
+        advice=_Advice(*(advice.get(name) for name in _Advice.__struct_fields__))
+        if isinstance(advice, dict)
+        else None,
+        data=Raw(b"") if "data" in fields else UNSET,
+    )
+
+
+def _seconds(milliseconds: Any) -> float | None:
+    """A time of an advice; some servers send it as text."""
+    if isinstance(milliseconds, str):
+        try:
+            milliseconds = float(milliseconds)
+        except ValueError:
+            return None
+    if isinstance(milliseconds, bool) or not isinstance(milliseconds, int | float):
+        return None
+    return milliseconds / 1000 if 0 <= milliseconds < float("inf") else None
+
+
+def _code(error: str) -> int:
+    """The number that begins a Bayeux error ("402::session_unknown"); 0 if there is none."""
+    head = error[:3]
+    return int(head) if head.isascii() and head.isdigit() else 0
