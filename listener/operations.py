@@ -3,10 +3,10 @@
 It decides who may read them and what "healthy" means; it refuses to know what is measured and what "ready"
 means, which it is given as plain callables.
 
-**Healthy** says only that this process' event loop turns: nothing outside is asked, because a supervisor that
-restarts on red would otherwise drop every session in the middle of a contact centre's outage. **Ready** says
-whether the daemon does its work now, with the reasons when it does not. With a token, both metrics and
-reasons need it; /-/healthy never does, since it says nothing.
+**Healthy** says only that this process' event loop turns, and turned lately: nothing outside is asked,
+because a supervisor that restarts on red would otherwise drop every session in the middle of a contact
+centre's outage. **Ready** says whether the daemon does its work now, with the reasons when it does not. With a
+token, both metrics and reasons need it; /-/healthy never does, since it says nothing.
 """
 
 import asyncio
@@ -22,8 +22,11 @@ from listener.errors import SettingsError
 
 TICK_S = 1.0
 """How often the loop shows that it turns."""
-TICK_AGE_S_MAX = 5.0
-"""A loop that has not turned for this long is not healthy: sessions are about to be lost."""
+STALL_S_MAX = 5.0
+"""A loop that stood still for longer is not healthy: sessions are about to be lost."""
+STALL_SHOWN_S = 15.0
+"""How long a stall stays red. While the loop stands nobody is answered, and when it turns again it is well:
+without this memory, a loop that stands still again and again would be green whenever it was asked."""
 REQUEST_BYTES_MAX = 1024
 """Nobody posts anything here; a larger body is refused."""
 SHUTDOWN_S_MAX = 1.0
@@ -51,7 +54,9 @@ class Operations:
         self.port = port
         self._not_ready = not_ready
         self._token = token
-        self._ticked_at = 0.0
+        self._tick_due = 0.0
+        self._stalled_at: float | None = None
+        self._stalled_s = 0.0
         self._tick: asyncio.TimerHandle | None = None
         app = web.Application(middlewares=[self._guard], client_max_size=REQUEST_BYTES_MAX)
         app.router.add_get("/metrics", metrics)
@@ -71,6 +76,7 @@ class Operations:
                 f"({error.strerror}); free it, or set another port"
             ) from None
         self.port = self._runner.addresses[0][1]
+        self._tick_due = asyncio.get_running_loop().time()
         self._turn()
         return self
 
@@ -83,8 +89,11 @@ class Operations:
 
     def _turn(self) -> None:
         loop = asyncio.get_running_loop()
-        self._ticked_at = loop.time()
-        self._tick = loop.call_later(TICK_S, self._turn)
+        now = loop.time()
+        if (late_s := now - self._tick_due) > STALL_S_MAX:
+            self._stalled_at, self._stalled_s = now, late_s
+        self._tick_due = now + TICK_S
+        self._tick = loop.call_at(self._tick_due, self._turn)
 
     @web.middleware
     async def _guard(
@@ -99,9 +108,9 @@ class Operations:
         return await handler(request)
 
     async def _healthy(self, request: web.Request) -> web.Response:  # noqa: ARG002 - aiohttp's signature
-        age_s = asyncio.get_running_loop().time() - self._ticked_at
-        if age_s > TICK_AGE_S_MAX:
-            return web.Response(status=503, text=f"the event loop stood still for {age_s:.1f} s\n")
+        now = asyncio.get_running_loop().time()
+        if self._stalled_at is not None and now - self._stalled_at < STALL_SHOWN_S:
+            return web.Response(status=503, text=f"the event loop stood still for {self._stalled_s:.1f} s\n")
         return web.Response(text="healthy\n")
 
     async def _ready(self, request: web.Request) -> web.Response:  # noqa: ARG002 - aiohttp's signature

@@ -701,7 +701,7 @@ class _Loading:
         elif token is None and not _is_loopback(operations.host):
             self.problem(
                 ("operations", "host"),
-                f"operations.host {operations.host} is not loopback: whoever reaches it could read all of it; "
+                f"operations.host {operations.host} is not loopback, so anybody there could read everything; "
                 "set operations.token_file, or host to 127.0.0.1",
             )
         return operations.model_copy(update={"token": token})
