@@ -1,0 +1,78 @@
+"""How anybody here reaches a database, and which of its refusals may pass by themselves.
+
+A DSN is a libpq URL (or empty, then the PG* environment variables say where), and asyncpg alone reads it,
+also for SQLAlchemy: so the write side and the read side cannot disagree about what a DSN means.
+
+`classified` is the one place that knows PostgreSQL's error codes. What may succeed later becomes
+StoreUnavailable; a missing table becomes SchemaOutdated; what no retry mends becomes StoreError.
+"""
+
+import ssl
+from collections.abc import Mapping
+from typing import Any
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from listener.errors import SchemaOutdated, StoreError, StoreUnavailable
+
+CONNECT_S_MAX = 10
+"""A database that does not accept a connection within this is unavailable."""
+
+PASSING = (
+    "08",  # connection exceptions
+    "25006",  # read-only: a standby, or a primary that was demoted
+    "40",  # deadlock, serialization failure: the transaction is rolled back, and may be tried again
+    "53",  # out of connections, memory or disk
+    "55P03",  # a lock was not to be had in time
+    "57",  # shutdown, crash, starting up, cancelled
+    "58",  # the server's disk or files
+)
+"""SQLSTATE classes and codes that may be gone at the next attempt (PostgreSQL, appendix A)."""
+
+MISSING = ("42P01", "42703", "42883", "42704")
+"""Undefined table, column, function or object: another schema than ours."""
+
+
+def engine(dsn: str, *, settings: Mapping[str, str] | None = None, pooled: bool = False) -> AsyncEngine:
+    """A SQLAlchemy engine whose connections asyncpg makes from the DSN; `settings` are server parameters.
+
+    Dispose of it. Without a pool each use is a connection of its own.
+    """
+
+    async def connect() -> asyncpg.Connection:
+        return await asyncpg.connect(dsn or None, timeout=CONNECT_S_MAX, server_settings=dict(settings or {}))
+
+    pool: dict[str, Any] = {"pool_pre_ping": True} if pooled else {"poolclass": NullPool}
+    return create_async_engine("postgresql+asyncpg://", async_creator=connect, **pool)
+
+
+def classified(error: BaseException) -> StoreError | None:
+    """Our error for one of asyncpg's, SQLAlchemy's or the operating system's; None for what is not theirs."""
+    if isinstance(error, StoreError):
+        return error
+    if isinstance(error, DBAPIError):
+        cause = error.orig.__cause__ if error.orig is not None else None
+        return classified(cause) if cause is not None else StoreError(f"PostgreSQL refused: {error.orig}.")
+    if isinstance(error, asyncpg.PostgresError):
+        return _refusal(error)
+    if isinstance(error, ssl.SSLError):
+        return StoreError(f"PostgreSQL: TLS failed: {error}. Look at sslmode and sslrootcert of the DSN.")
+    if isinstance(error, asyncpg.ClientConfigurationError):
+        return StoreError(f"The DSN cannot be used: {error}.")
+    if isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError):
+        # An InterfaceError is what asyncpg says of a connection that is closed already.
+        return StoreUnavailable(f"PostgreSQL does not answer: {str(error) or type(error).__name__}.")
+    return None
+
+
+def _refusal(error: asyncpg.PostgresError) -> StoreError:
+    code = str(error.sqlstate or "")
+    if code.startswith(PASSING):
+        return StoreUnavailable(f"PostgreSQL cannot now: {error} ({code}).")
+    if code in MISSING:
+        return SchemaOutdated(f"The database lacks something ({error}): run `listener db upgrade`.")
+    hint = f" {error.hint}" if error.hint else ""
+    return StoreError(f"PostgreSQL refused: {error} ({code}).{hint}")

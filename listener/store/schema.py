@@ -1,0 +1,269 @@
+"""The tables, as SQLAlchemy knows them: what Alembic compares a database with, and what `history` reads.
+
+What the migrations alone hold, because SQLAlchemy has no words for it, is the partitions of
+`notification`, the sequence function, the roles with their grants, and the `report_*` views.
+
+Three choices run through all of it. Text that came from outside has no length limit and no check: what was
+observed is stored. The hot tables (`notification`, `change`, `participant`, `anomaly`) have no foreign keys:
+a key costs a look-up per row, and the journal writes them in the transaction that wrote what they point
+to. An index stands only where a question needs it, and says which.
+"""
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Sequence,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSON, JSONB, ExcludeConstraint
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+NOTIFICATION_ID = Sequence("notification_id_seq", metadata=metadata, data_type=BigInteger)
+"""Taken only through `listener_reserve_ids`, which gives a batch consecutive ids."""
+
+
+def _moment(name: str, *, nullable: bool = False) -> Column[Any]:
+    return Column(name, DateTime(timezone=True), nullable=nullable)
+
+
+def _words(name: str, *, nullable: bool = False) -> Column[Any]:
+    return Column(name, Text, nullable=nullable)
+
+
+account = Table(
+    "account",
+    metadata,
+    Column("id", Integer, Identity(always=True), primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("tenant", Text, nullable=False, server_default=""),
+    _words("environment"),
+    Column("added_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _moment("removed_at", nullable=True),
+    comment="A login whose calls are heard. Its row is the lock of everything that is written about it.",
+)
+
+stream = Table(
+    "stream",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("account_id", Integer, ForeignKey("account.id"), nullable=False),
+    _words("source"),
+    _moment("opened_at"),
+    _moment("heard_at"),
+    Column("position", BigInteger, nullable=False),
+    # Which streams an account has: when it was last heard, at the next start.
+    Index("ix_stream_account_id", "account_id"),
+    # `position` and `heard_at` move with every batch: room for the new version beside the old one.
+    postgresql_with={"fillfactor": 50},
+    comment="One Bayeux session or snapshot. What has a position up to `position` is committed.",
+)
+
+notification = Table(
+    "notification",
+    metadata,
+    _moment("received_at"),
+    Column("id", BigInteger, nullable=False),
+    Column("account_id", Integer, nullable=False),
+    Column("stream_id", Uuid, nullable=False),
+    Column("position", BigInteger, nullable=False),
+    _words("source"),
+    _words("channel"),
+    _words("message_type"),
+    _words("notification_type"),
+    Column("call_id", BigInteger),
+    _moment("asked_at", nullable=True),
+    _moment("server_at", nullable=True),
+    _words("reason", nullable=True),
+    Column("raw", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("received_at", "id"),
+    # Everything that was said about one call, also what changed nothing (DtmfSent).
+    Index("ix_notification_call_id", "call_id", postgresql_where=text("call_id IS NOT NULL")),
+    postgresql_partition_by="RANGE (received_at)",
+    comment="The journal: every message with its exact bytes. Rows are added and never changed.",
+)
+
+call = Table(
+    "call",
+    metadata,
+    # What never changes comes first and what is long comes last: the WAL of an update leaves out the
+    # beginning and the end that both versions share.
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("account_id", Integer, ForeignKey("account.id"), nullable=False),
+    _words("call_id"),
+    _moment("opened_at"),
+    _words("direction"),
+    _words("opened_by"),
+    _words("call_uuid", nullable=True),
+    _words("conn_id", nullable=True),
+    _words("parent_call_id", nullable=True),
+    _words("call_type", nullable=True),
+    _words("phone_number", nullable=True),
+    _words("device_id", nullable=True),
+    _words("ani", nullable=True),
+    _words("dnis", nullable=True),
+    _words("number", nullable=True),
+    _words("mute", nullable=True),
+    _words("recording", nullable=True),
+    Column("supervisor_listening_in", Boolean),
+    Column("monitored_user_muted", Boolean),
+    Column("monitoring", Boolean),
+    _words("supervisor_monitoring_state", nullable=True),
+    _words("state"),
+    _moment("state_since"),
+    _moment("last_heard_at"),
+    _moment("established_at", nullable=True),
+    _moment("ended_at", nullable=True),
+    Column("ring_s", Double, nullable=False),
+    Column("talk_s", Double, nullable=False),
+    Column("hold_s", Double, nullable=False),
+    Column("hold_count", Integer, nullable=False),
+    Column("wrap_s", Double),
+    Column("wrap_up_time_s", Double),
+    Column("server_duration_s", Double),
+    _moment("server_at", nullable=True),
+    Column("notifications", Integer, nullable=False),
+    Column("anomalies", Integer, nullable=False),
+    _words("outcome", nullable=True),
+    _words("settled", nullable=True),
+    Column("capabilities", ARRAY(Text), nullable=False),
+    Column("aliases", ARRAY(Text), nullable=False),
+    Column("participants", JSONB, nullable=False),
+    Column("user_data", JSONB, nullable=False),
+    # The newest calls, of all accounts and of one.
+    Index("ix_call_opened_at_id", "opened_at", "id"),
+    Index("ix_call_account_id_opened_at_id", "account_id", "opened_at", "id"),
+    # The live calls: at a start, for a snapshot, on the board. Small, whatever the history.
+    Index("ix_call_open", "account_id", postgresql_where=text("ended_at IS NULL AND settled IS NULL")),
+    # The legs of one interaction.
+    Index("ix_call_call_uuid", "call_uuid"),
+    # A number, whole or by its last digits: the other party, our own, and the one that was dialled.
+    Index("ix_call_number", text("reverse(number) text_pattern_ops")),
+    Index("ix_call_phone_number", text("reverse(phone_number) text_pattern_ops")),
+    Index("ix_call_dnis", text("reverse(dnis) text_pattern_ops")),
+    # A call is written about ten times. With room on its page the new version needs no new index entries.
+    postgresql_with={"fillfactor": 60},
+    comment="One account's leg of one call, as of the last message about it.",
+)
+
+call_alias = Table(
+    "call_alias",
+    metadata,
+    _words("alias"),
+    Column("account_id", Integer, nullable=False),
+    Column("call_id", BigInteger, nullable=False),
+    # The id first, since people ask for it without the account.
+    PrimaryKeyConstraint("alias", "account_id"),
+    comment="Which call an id names now; an id that is used again names the newer call.",
+)
+
+participant = Table(
+    "participant",
+    metadata,
+    Column("call_id", BigInteger, nullable=False),
+    Column("ordinal", SmallInteger, nullable=False),
+    _words("number"),
+    _words("e164"),
+    _words("formatted"),
+    _words("role"),
+    _moment("joined_at"),
+    _moment("left_at", nullable=True),
+    PrimaryKeyConstraint("call_id", "ordinal"),
+    # Calls on which a number took part, also as the third party.
+    Index("ix_participant_number", text("reverse(number) text_pattern_ops")),
+    # The same by its international spelling, where that is another one.
+    Index(
+        "ix_participant_e164",
+        text("reverse(e164) text_pattern_ops"),
+        postgresql_where=text("e164 <> '' AND e164 <> number"),
+    ),
+    comment="A participant's stay on a call.",
+)
+
+change = Table(
+    "change",
+    metadata,
+    Column("call_id", BigInteger, nullable=False),
+    Column("notification_id", BigInteger, nullable=False),
+    Column("ordinal", SmallInteger, nullable=False),
+    _moment("at"),
+    _moment("server_at", nullable=True),
+    _words("field"),
+    _words("key"),
+    # json and not jsonb: never searched, so that parsing them into a tree would be for nothing.
+    Column("before", JSON(none_as_null=True)),
+    Column("after", JSON(none_as_null=True)),
+    PrimaryKeyConstraint("call_id", "notification_id", "ordinal"),
+    # What changed in a stretch of time, for dashboards; rows come in the order of time.
+    Index("ix_change_at", "at", postgresql_using="brin"),
+    comment="One field of one call went from before to after. NULL is absence.",
+)
+
+anomaly = Table(
+    "anomaly",
+    metadata,
+    Column("notification_id", BigInteger, nullable=False),
+    Column("ordinal", SmallInteger, nullable=False),
+    Column("call_id", BigInteger),
+    _moment("at"),
+    _words("kind"),
+    _words("detail"),
+    PrimaryKeyConstraint("notification_id", "ordinal"),
+    # The oddities of one call.
+    Index("ix_anomaly_call_id", "call_id", postgresql_where=text("call_id IS NOT NULL")),
+    comment="Something odd about a message or a call, recorded and never refused.",
+)
+
+_COVERED = (
+    (text("int4range(account_id, account_id, '[]')"), "&&"),
+    (text("tstzrange(since, until)"), "&&"),
+)
+
+coverage = Table(
+    "coverage",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("account_id", Integer, ForeignKey("account.id"), nullable=False),
+    _moment("since"),
+    _moment("until", nullable=True),
+    _words("cause"),
+    _moment("seen_at", nullable=True),
+    CheckConstraint("until >= since", name="forwards"),
+    # Two answers for one moment would be none. Ranges of integers need no extension, as `=` in GiST would.
+    ExcludeConstraint(*_COVERED, name="ex_coverage_no_overlap", using="gist"),
+    # What is true now: one row an account.
+    Index("uq_coverage_open", "account_id", unique=True, postgresql_where=text("until IS NULL")),
+    comment="Whether an account was observed (cause empty), or why not; `until` NULL is now.",
+)
+
+
+def include_name(name: str | None, kind: str, parents: object) -> bool:
+    """Which names of a database Alembic compares with these tables: not the partitions, which come and go."""
+    del parents
+    return kind != "table" or name in metadata.tables
