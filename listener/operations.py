@@ -5,8 +5,8 @@ means, which it is given as plain callables.
 
 **Healthy** says only that this process' event loop turns, and turned lately: nothing outside is asked,
 because a supervisor that restarts on red would otherwise drop every session in the middle of a contact
-centre's outage. **Ready** says whether the daemon does its work now, with the reasons when it does not. With a
-token, both metrics and reasons need it; /-/healthy never does, since it says nothing.
+centre's outage. **Ready** says whether the daemon does its work now, with the reasons when it does not. With
+a token, both metrics and reasons need it; /-/healthy never does, since it says nothing.
 """
 
 import asyncio

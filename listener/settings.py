@@ -428,17 +428,16 @@ def _secrets_source(directory: Path | None) -> tuple[_Source, list[str]]:
     return _from_variables(variables, places), problems
 
 
-def _flags_source(overrides: Mapping[str, Any]) -> _Source:
-    values: dict[str, Any] = {}
-    places: dict[Key, str] = {}
-    for dotted, value in overrides.items():
-        *sections, name = dotted.split(".")
-        node = values
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[name] = value
-        places[(*sections, name)] = f"flag --set {dotted}"
-    return _Source(values, places)
+def _flags_source(overrides: Mapping[str, str]) -> tuple[_Source, list[str]]:
+    """Read flags as if they were variables; also give the problems of those that set nothing."""
+    flags = {PREFIX + dotted.upper().replace(".", "__"): dotted for dotted in overrides}
+    problems = [
+        f"flag --set {dotted}: there is no such setting{_meant(_top(name), Settings.model_fields)}"
+        for name, dotted in flags.items()
+        if _top(name) not in Settings.model_fields
+    ]
+    known = {name: overrides[dotted] for name, dotted in flags.items() if _top(name) in Settings.model_fields}
+    return _from_variables(known, {name: f"flag --set {flags[name]}" for name in known}), problems
 
 
 def _unknown_variables(environ: Mapping[str, str], merged: dict[str, Any]) -> list[str]:
@@ -745,15 +744,15 @@ def find(given: Path | None, environ: Mapping[str, str]) -> Path | None:
 
 def load(
     path: Path | None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, str] | None = None,
     *,
     environ: Mapping[str, str] | None = None,
     secrets_dir: Path | None = None,
 ) -> Settings:
     """Read every source, check all of it, and give the settings with every secret and account in place.
 
-    `path` is the TOML file, or None for none (see `find`). `overrides` are flags, keyed by dotted path
-    ("operations.port"). `secrets_dir` falls back on LISTENER_SECRETS_DIR and systemd's
+    `path` is the TOML file, or None for none (see `find`). `overrides` are flags as typed, keyed by
+    dotted path ("operations.port"). `secrets_dir` falls back on LISTENER_SECRETS_DIR and systemd's
     CREDENTIALS_DIRECTORY. Raises SettingsError, whose message has a line for every problem found. Reads
     files, also on every reload; opens no connection.
     """
@@ -763,8 +762,10 @@ def load(
     ):
         secrets_dir = Path(named)
     toml = _Source({}) if path is None else _from_toml(path)
-    secrets, problems = _secrets_source(secrets_dir)
-    sources = [_flags_source(overrides or {}), _environment_source(environ), secrets, toml]
+    flags, problems = _flags_source(overrides or {})
+    secrets, unusable = _secrets_source(secrets_dir)
+    problems += unusable
+    sources = [flags, _environment_source(environ), secrets, toml]
     merged: dict[str, Any] = {}
     for source in reversed(sources):
         merged = _merge(merged, source.values)

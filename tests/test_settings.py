@@ -1,0 +1,572 @@
+"""Settings: what is accepted, where it comes from, and that every refusal names its place and cure."""
+
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from listener import settings
+from listener.errors import SettingsError
+from listener.settings import Settings, find, load
+
+SECRET = "hunter2-do-not-show"
+
+Write = Callable[[str, str], Path]
+
+BASIC = f"""
+[environments.prod]
+base_url = "https://gws.example.com/"
+
+[[accounts]]
+environment = "prod"
+login = "agent1"
+password = "{SECRET}"
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a file below the test's directory, with common indentation removed."""
+
+    def to_file(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        return path
+
+    return to_file
+
+
+def _problems(path: Path | None, environ: Mapping[str, str] | None = None, **more: Any) -> list[str]:
+    with pytest.raises(SettingsError) as refused:
+        load(path, environ=environ or {}, **more)
+    assert SECRET not in str(refused.value)
+    return str(refused.value).splitlines()
+
+
+def test_nothing_configured_is_no_error() -> None:
+    """With no file and no variable everything has its default, and there is no account."""
+    loaded = load(None, environ={})
+    assert loaded.accounts == ()
+    assert loaded.store.dsn is None
+    assert loaded.operations.host == "127.0.0.1"
+
+
+def test_an_account_and_its_environment(write: Write) -> None:
+    """The smallest useful file: one GWS, one account; the rest are defaults."""
+    loaded = load(write("listener.toml", BASIC), environ={})
+    (account,) = loaded.accounts
+    environment = loaded.environment(account)
+    assert account.name == "agent1"
+    assert environment.base_url == "https://gws.example.com"
+    assert environment.channels == ("/v2/me/calls", "/v2/me/devices")
+    assert not environment.websocket
+    assert not loaded.logs_agent_in(account)
+
+
+def test_settings_are_frozen(write: Write) -> None:
+    """Nobody changes a setting after it was checked."""
+    loaded = load(write("listener.toml", BASIC), environ={})
+    with pytest.raises(ValidationError, match="frozen"):
+        loaded.log = settings.Log()  # type: ignore[misc]  # this is what must not be possible
+    with pytest.raises(ValidationError, match="frozen"):
+        loaded.operations.port = 1  # type: ignore[misc]
+
+
+def test_each_source_overrides_the_one_before(write: Write, tmp_path: Path) -> None:
+    """TOML < secrets directory < environment < flags, setting by setting within one section."""
+    path = write("listener.toml", "[operations]\nport = 1\nhost = '127.0.0.2'\n[log]\nlevel = 'error'\n")
+    write("secrets/listener_operations__port", "2\n")
+    secrets = tmp_path / "secrets"
+    environ = {"LISTENER_OPERATIONS__PORT": "3"}
+    assert load(path, environ={}).operations.port == 1
+    assert load(path, environ={}, secrets_dir=secrets).operations.port == 2
+    assert load(path, environ=environ, secrets_dir=secrets).operations.port == 3
+    loaded = load(path, {"operations.port": "4"}, environ=environ, secrets_dir=secrets)
+    assert loaded.operations.port == 4
+    assert loaded.operations.host == "127.0.0.2"
+    assert loaded.log.level == "error"
+
+
+@pytest.mark.parametrize("variable", ["LISTENER_SECRETS_DIR", "CREDENTIALS_DIRECTORY"])
+def test_the_secrets_directory_by_variable(write: Write, tmp_path: Path, variable: str) -> None:
+    """A DSN comes out of a secret file, in the directory that we or systemd name, in any case of letters."""
+    write("secrets/LISTENER_STORE__DSN", f"postgresql://listener:{SECRET}@db/listener\n")
+    loaded = load(None, environ={variable: str(tmp_path / "secrets")})
+    assert loaded.store.dsn is not None
+    assert loaded.store.dsn.get_secret_value().endswith("@db/listener")
+
+
+def test_lists_and_sections_from_the_environment() -> None:
+    """A whole environment can be given by variables; lists are JSON."""
+    environ = {
+        "LISTENER_ENVIRONMENTS__PROD__BASE_URL": "http://gws",
+        "LISTENER_ENVIRONMENTS__PROD__CHANNELS": '["/v2/me/calls"]',
+        "LISTENER_ACCOUNTS": '[{"environment": "prod", "login": "a", "password_env": "LISTENER_A_PASSWORD"}]',
+        "LISTENER_A_PASSWORD": SECRET,
+    }
+    loaded = load(None, environ=environ)
+    assert loaded.environments["prod"].channels == ("/v2/me/calls",)
+    assert loaded.login_headers(loaded.accounts[0])["Authorization"].startswith("Basic ")
+
+
+def test_no_secret_is_ever_shown(write: Write) -> None:
+    """Neither repr nor str nor JSON of the settings shows a password, a token, a header or a DSN."""
+    path = write(
+        "listener.toml",
+        BASIC
+        + f"""
+        [environments.two]
+        base_url = "https://two"
+        auth = "bearer"
+        token = "{SECRET}"
+        [environments.three]
+        base_url = "https://three"
+        auth = "headers"
+        headers = {{ X-Key = "{SECRET}" }}
+        [operations]
+        token = "{SECRET}"
+        [store]
+        dsn = "postgresql://listener:{SECRET}@db/listener"
+        """,
+    )
+    loaded = load(path, environ={})
+    for shown in (repr(loaded), str(loaded), loaded.model_dump_json(), repr(loaded.model_dump())):
+        assert SECRET not in shown
+
+
+# ── Refusals ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_problem_is_named_with_its_line_and_cure(write: Write) -> None:
+    """One run names all that is wrong: file, line, key, and what to write instead."""
+    path = write(
+        "listener.toml",
+        """\
+        acounts_file = "x.csv"
+
+        [operations]
+        prot = 9
+        data_dir = "/x"
+
+        [environments.prod]
+        base_url = "gws.example.com"
+        auth = "basc"
+        channels = [
+          "/v2/me/calls",
+          "oops",
+        ]
+        [environments."other one"]
+        token = 5
+
+        [[accounts]]
+        environment = "prod"
+        login = "a"
+        [[accounts]]
+        passwrd = "hunter2-do-not-show"
+        environment = "prod"
+        [limits]
+        stop_s = 1_000
+        """,
+    )
+    found = {problem.partition(": ")[0].removeprefix(f"{path}:"): problem for problem in _problems(path)}
+    for line, part in {
+        "1": 'no setting "acounts_file" at the top of the file; did you mean "accounts_file"?',
+        "4": 'no setting "prot" in [operations]; did you mean "port"?',
+        "5": 'no setting "data_dir" in [operations]; it belongs to [store]',
+        "8": "environments.prod.base_url: it must begin with http:// or https://",
+        "9": "environments.prod.auth: should be 'basic', 'bearer' or 'headers'; write",
+        "10": "'oops' does not",
+        "14": "[environments.other one] lacks base_url: the address of the GWS",
+        "15": "environments.other one.token: should be a valid string",
+        "20": "[[accounts]] lacks login",
+        "21": 'no setting "passwrd" in [[accounts]]; did you mean "password"?',
+        "24": "limits.stop_s: should be less than or equal to 600; write seconds",
+    }.items():
+        assert part in found[line], line
+    assert len(found) == 11
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a = 1\nb = = 2\n", 2), ("a = 1\nb = [1,\n\n", 3), ("[store\n", 1), ("a = 1\na = 2\n", 2)],
+)
+def test_broken_toml_names_the_line(write: Write, text: str, line: int) -> None:
+    """A file that is not TOML is refused with the line where it stops being TOML."""
+    path = write("listener.toml", text)
+    (problem,) = _problems(path)
+    assert problem.startswith(f"{path}:{line}: this is not TOML: ")
+
+
+def test_lines_survive_whatever_toml_allows(write: Write) -> None:
+    """Lines are right after strings that look like headers, comments and inline tables."""
+    path = write(
+        "listener.toml",
+        '''\
+        # a comment
+        [environments.prod] # another
+        base_url = "http://gws"
+        token_env = """
+        [operations]
+        port = 1
+        """
+        headers = { A = "x", "B" = 5 }
+
+        [log]
+        format
+          = "josn"
+        '''.replace("format\n          = ", "format = "),
+    )
+    problems = _problems(path)
+    assert [problem.partition(": ")[0] for problem in problems] == [f"{path}:8", f"{path}:11"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "part"),
+    [
+        (
+            {"LISTENER_OPERATION__PORT": "1"},
+            'LISTENER_OPERATION__PORT: there is no such setting; did you mean "LISTENER_OPERATIONS"?',
+        ),
+        ({"LISTENER_OPERATIONS__PROT": "1"}, 'LISTENER_OPERATIONS__PROT: there is no setting "prot"'),
+        (
+            {"LISTENER_OPERATIONS__PORT": "x"},
+            "LISTENER_OPERATIONS__PORT: operations.port: should be a valid int",
+        ),
+        ({"LISTENER_STORE__DSN": SECRET}, "LISTENER_STORE__DSN: store.dsn: it must begin with postgresql://"),
+        ({"LISTENER_ACCOUNTS": "[" + SECRET}, "LISTENER_ACCOUNTS: a list or section here must be JSON"),
+    ],
+)
+def test_a_wrong_variable_is_named(environ: dict[str, str], part: str) -> None:
+    """What is wrong in the environment is named by its variable, misspelt names included."""
+    (problem,) = _problems(None, environ)
+    assert problem.startswith("environment variable ")
+    assert part in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("listener_stor__dsn", 'there is no such setting; did you mean "store"?'),
+        ("store__dsn", "needs the prefix: name it listener_store__dsn"),
+        ("listener_operations__port", "operations.port: should be a valid integer"),
+    ],
+)
+def test_a_wrong_secret_file_is_named(write: Write, name: str, part: str) -> None:
+    """A secret file that sets nothing, or nonsense, is refused by its path; others' files are left alone."""
+    path = write(f"secrets/{name}", SECRET)
+    write("secrets/tls.key", SECRET)
+    (problem,) = _problems(None, secrets_dir=path.parent)
+    assert str(path) in problem
+    assert part in problem
+
+
+def test_a_wrong_flag_is_named() -> None:
+    """What is wrong in a flag is named by the flag."""
+    (problem,) = _problems(None, overrides={"log.level": "loud"})
+    assert problem.startswith("flag --set log.level: log.level: should be 'debug'")
+
+
+def test_a_flag_that_sets_nothing_is_named() -> None:
+    """A flag that names no setting, a section as a value or a value as a section is refused, not a crash."""
+    (problem,) = _problems(None, overrides={"logg.level": "info"})
+    assert problem == 'flag --set logg.level: there is no such setting; did you mean "log"?'
+    (problem,) = _problems(None, overrides={"log": "x"})
+    assert problem.startswith("flag --set log: ")
+    (problem,) = _problems(None, overrides={"log.level.deep": "x"})
+    assert problem.startswith("flag --set log.level.deep: ")
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    """A missing configuration, secrets directory or accounts file is named with the way to say another."""
+    (problem,) = _problems(tmp_path / "none.toml")
+    assert "none.toml: it cannot be read (No such file or directory); name another file with -c" in problem
+    (problem,) = _problems(None, secrets_dir=tmp_path / "none")
+    assert "no such secrets directory" in problem
+    (problem,) = _problems(None, {"LISTENER_ACCOUNTS_FILE": str(tmp_path / "none.csv")})
+    assert problem.startswith("environment variable LISTENER_ACCOUNTS_FILE: accounts_file")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "listener.example.com"])
+def test_listening_beyond_loopback_needs_a_token(host: str) -> None:
+    """Whoever can reach the pages could read them: without a token any other address is refused."""
+    (problem,) = _problems(None, {"LISTENER_OPERATIONS__HOST": host})
+    assert "is not loopback" in problem
+    assert "set operations.token_file" in problem
+    environ = {"LISTENER_OPERATIONS__HOST": host, "LISTENER_OPERATIONS__TOKEN": SECRET}
+    assert load(None, environ=environ).operations.host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_no_token(host: str) -> None:
+    """On loopback nothing more is asked for."""
+    assert load(None, {"operations.host": host}, environ={}).operations.token is None
+
+
+# ── Logging in ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_secrets_by_file_and_by_variable(write: Write) -> None:
+    """A password comes from a file beside the configuration or from a variable, stripped."""
+    write("secrets/one", f"{SECRET}\n")
+    path = write(
+        "listener.toml",
+        """
+        [environments.prod]
+        base_url = "http://gws"
+        [[accounts]]
+        environment = "prod"
+        login = "one"
+        password_file = "secrets/one"
+        [[accounts]]
+        environment = "prod"
+        login = "two"
+        password_env = "TWO"
+        """,
+    )
+    loaded = load(path, environ={"TWO": SECRET})
+    assert [account.password and account.password.get_secret_value() for account in loaded.accounts] == [
+        SECRET
+    ] * 2
+
+
+def test_the_three_ways_to_log_in(write: Write) -> None:
+    """Basic by login and password; bearer by the account's or the environment's token; headers as given."""
+    write("headers", "X-User: {login}\n\nX-Key: {password}\n")
+    path = write(
+        "listener.toml",
+        """
+        [environments.a]
+        base_url = "http://a"
+        [environments.b]
+        base_url = "http://b"
+        auth = "bearer"
+        token_env = "TOKEN"
+        [environments.c]
+        base_url = "http://c"
+        auth = "headers"
+        headers_file = "headers"
+        [[accounts]]
+        environment = "a"
+        login = "Aladdin"
+        password = "open sesame"
+        [[accounts]]
+        environment = "b"
+        login = "own"
+        password = "t1"
+        [[accounts]]
+        environment = "b"
+        login = "shared"
+        [[accounts]]
+        environment = "c"
+        login = "me"
+        password = "k"
+        """,
+    )
+    loaded = load(path, environ={"TOKEN": "t2"})
+    assert [loaded.login_headers(account) for account in loaded.accounts] == [
+        {"Authorization": "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ=="},  # the example of RFC 7617, section 2
+        {"Authorization": "Bearer t1"},
+        {"Authorization": "Bearer t2"},
+        {"X-User": "me", "X-Key": "k"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("account", "part"),
+    [
+        ('login = "a"', "account a lacks password_file, password_env or password"),
+        (
+            'login = "a"\npassword = "x"\npassword_env = "Y"',
+            "password and password_env are both given; keep one",
+        ),
+        ('login = "a"\npassword_env = "Y"', "password_env: the variable Y is not set"),
+        ('login = "a"\npassword_file = "none"', "it cannot be read (No such file or directory)"),
+        ('login = "a"\npassword_file = "empty"', "is empty"),
+        ('login = "a"\npassword_file = "large"', "larger than 65536 bytes"),
+        ('login = ""', "accounts.0.login: String should have at least 1 character"),
+    ],
+)
+def test_a_missing_secret_is_named(write: Write, account: str, part: str) -> None:
+    """An account without exactly one usable secret is refused, at its line."""
+    write("empty", "\n")
+    write("large", "x" * 100_000)
+    path = write(
+        "listener.toml",
+        f"[environments.e]\nbase_url = 'http://e'\n[[accounts]]\nenvironment = 'e'\n{account}",
+    )
+    (problem,) = _problems(path)
+    assert part in problem
+    assert problem.startswith((f"{path}:3", f"{path}:5"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "part"),
+    [
+        ('auth = "headers"', 'auth = "headers" needs headers, headers_file or headers_env'),
+        ('auth = "headers"\nheaders_env = "H"', "line 2 of the given headers is no"),
+        ('auth = "bearer"\ntoken_file = "none"', "token_file"),
+    ],
+)
+def test_an_environment_that_cannot_log_in(write: Write, lines: str, part: str) -> None:
+    """What an environment needs for its way of logging in is asked for where the environment stands."""
+    path = write("listener.toml", f"[environments.e]\nbase_url = 'http://e'\n{lines}\n")
+    (problem,) = _problems(path, {"H": f"A: b\n{SECRET}"})
+    assert problem.startswith(f"{path}:1: ")
+    assert part in problem
+
+
+def test_an_unknown_environment_is_named(write: Write) -> None:
+    """An account of an environment that is not there gets the nearest name."""
+    path = write("listener.toml", BASIC + "[[accounts]]\nenvironment = 'prd'\nlogin = 'b'\npassword = 'x'\n")
+    (problem,) = _problems(path)
+    assert problem == f'{path}:9: account b: there is no [environments."prd"]; did you mean "prod"?'
+
+
+def test_the_session_that_logs_agents_in_is_a_choice(write: Write) -> None:
+    """StartContactCenterSession is off, on for an environment, and off again for an account of it."""
+    path = write(
+        "listener.toml",
+        BASIC.replace("[[accounts]]", "start_contact_center_session = true\n[[accounts]]")
+        + "[[accounts]]\nenvironment = 'prod'\nlogin = 'b'\npassword = 'x'\n"
+        + "start_contact_center_session = false\n",
+    )
+    loaded = load(path, environ={})
+    assert [loaded.logs_agent_in(account) for account in loaded.accounts] == [True, False]
+
+
+# ── The accounts file ─────────────────────────────────────────────────────────────────────────────────
+
+ENVIRONMENT = "accounts_file = 'accounts.csv'\n[environments.prod]\nbase_url = 'http://gws'\n"
+
+
+def test_an_accounts_file_of_thousands(write: Write) -> None:
+    """Thousands of rows become accounts, beside those of the configuration; empty values mean not given."""
+    rows = "".join(f"agent{number},prod,pw{number},,tenant{number % 3}\n" for number in range(5000))
+    write("accounts.csv", "login,environment,password,start_contact_center_session,tenant\n" + rows + "\n")
+    more = "[[accounts]]\nenvironment = 'prod'\nlogin = 'b'\npassword = 'x'\n"
+    loaded = load(write("listener.toml", ENVIRONMENT + more), environ={})
+    assert len(loaded.accounts) == 5001
+    last = loaded.accounts[-1]
+    assert (last.login, last.tenant) == ("agent4999", "tenant1")
+    assert last.password is not None
+    assert last.password.get_secret_value() == "pw4999"
+
+
+def test_paths_in_an_accounts_file_are_relative_to_it(write: Write) -> None:
+    """A password file of a row is looked for beside the accounts file, wherever the configuration is."""
+    write("lists/pw", SECRET)
+    write("lists/accounts.csv", "environment,login,password_file\nprod,a,pw\n")
+    path = write("listener.toml", ENVIRONMENT.replace("accounts.csv", "lists/accounts.csv"))
+    (account,) = load(path, environ={}).accounts
+    assert account.password is not None
+    assert account.password.get_secret_value() == SECRET
+
+
+def test_wrong_rows_are_named_by_file_and_line(write: Write) -> None:
+    """Each bad row is named by its line, quoted line breaks counted; good rows are no problem."""
+    csv = write(
+        "accounts.csv",
+        f"""\
+        environment,login,password,start_contact_center_session
+        prod,good,{SECRET},
+        prod,short
+
+        prod,,{SECRET},
+        prod,flag,{SECRET},maybe
+        prd,elsewhere,{SECRET},
+        prod,"quoted
+        login",{SECRET},
+        prod,good,{SECRET},
+        prod,none,,
+        """,
+    )
+    path = write("listener.toml", ENVIRONMENT)
+    problems = [problem.removeprefix(f"{csv}:") for problem in _problems(path)]
+    assert [problem.partition(":")[0] for problem in problems] == ["3", "5", "6", "7", "10", "11"]
+    for problem, part in zip(
+        problems,
+        [
+            "2 values for 4 columns",
+            "this row lacks login",
+            "start_contact_center_session: should be a valid boolean",
+            'no [environments."prd"]; did you mean "prod"?',
+            f"good is already an account of prod, at {csv}:2",
+            "account none lacks password_file",
+        ],
+        strict=True,
+    ):
+        assert part in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "part"),
+    [
+        ("environment,lgoin\n", 1, 'there is no column "lgoin"; did you mean "login"?'),
+        ("login,tenant\n", 1, "the header row lacks the column environment"),
+        ("", 1, "the header row lacks the column environment"),
+        ('environment,login\nprod,"a\n', 2, "this is not CSV"),
+    ],
+)
+def test_an_accounts_file_that_is_none(write: Write, text: str, line: int, part: str) -> None:
+    """A header that cannot be, and a file that is no CSV, are refused with the line."""
+    csv = write("accounts.csv", text)
+    (problem,) = _problems(write("listener.toml", ENVIRONMENT))
+    assert problem.startswith(f"{csv}:{line}: ")
+    assert part in problem
+
+
+def test_thousands_of_problems_stay_readable(write: Write) -> None:
+    """Of very many problems the first are named and the rest is counted."""
+    write("accounts.csv", "environment,login\n" + "prod\n" * 5000)
+    problems = _problems(write("listener.toml", ENVIRONMENT))
+    assert len(problems) == settings.PROBLEMS_MAX + 1
+    assert problems[-1] == f"and {5000 - settings.PROBLEMS_MAX} problems more"
+
+
+def test_two_environments_may_share_a_login_but_not_a_name(write: Write) -> None:
+    """The same login at two places is two accounts, which then need names of their own."""
+    text = BASIC + "[environments.two]\nbase_url = 'http://two'\n"
+    second = "[[accounts]]\nenvironment = 'two'\nlogin = 'agent1'\npassword = 'x'\n"
+    (problem,) = _problems(write("listener.toml", text + second))
+    assert "the name agent1 is taken at" in problem
+    loaded = load(write("listener.toml", text + second + "name = 'agent1 at two'\n"), environ={})
+    assert [account.name for account in loaded.accounts] == ["agent1", "agent1 at two"]
+
+
+# ── Which file ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_which_file_is_read(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-c, else LISTENER_CONFIG, else ./listener.toml, else the demo's, else none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(settings, "CONFIG_FILES", (Path("listener.toml"), settings.DEMO_CONFIG))
+    given, named = Path("given.toml"), {"LISTENER_CONFIG": "named.toml"}
+    assert find(None, {}) is None
+    write(".demo/listener.toml", "")
+    assert find(None, {}) == Path(".demo/listener.toml")
+    write("listener.toml", "")
+    assert find(None, {}) == Path("listener.toml")
+    assert find(None, named) == Path("named.toml")
+    assert find(given, named) == given
+
+
+def test_every_setting_has_a_cure() -> None:
+    """A refused setting can only be explained if it is described."""
+    undescribed = [
+        f"{model.__name__}.{name}"
+        for model in (
+            settings.Store,
+            settings.Environment,
+            settings.Account,
+            settings.Operations,
+            settings.Limits,
+        )
+        for name, field in model.model_fields.items()
+        if not field.description
+    ]
+    assert undescribed == []
+    assert isinstance(load(None, environ={}), Settings)
