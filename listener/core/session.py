@@ -243,6 +243,8 @@ class Session:
         """Whether the server of the present session acknowledges."""
         self.position = 0
         """The last position that was delivered in the present session."""
+        self.server_connection_types: tuple[str, ...] = ()
+        """What the server offered at the last handshake."""
         self.observing = False
         """Whether every wanted channel is subscribed and the last exchange succeeded."""
         self._jitter = jitter
@@ -506,8 +508,9 @@ class Session:
         self._polling_old = False
         self._handshaken_at = now
         types = reply.supportedConnectionTypes
-        offered = tuple(str(each) for each in types) if isinstance(types, list) else (LONG_POLLING,)
-        facts.append(Handshaken(reply.clientId, self.ack, offered))
+        known = isinstance(types, list)
+        self.server_connection_types = tuple(map(str, types)) if known else (LONG_POLLING,)
+        facts.append(Handshaken(reply.clientId, self.ack, self.server_connection_types))
 
     def _connect_replied(self, reply: _Reply, now: float, facts: list[Fact]) -> None:
         self._connecting = False

@@ -1,0 +1,1 @@
+"""TALKS. One outside party per file; none knows another, the store, or the settings."""

@@ -1,0 +1,569 @@
+"""CometD over HTTP: the sockets round `listener.core.session`.
+
+aiocometd is used by its public face: `Client` negotiates the transport, subscribes and closes; our two
+transports are registered in place of its own (`register_transport`), because those lose messages, storm
+and go deaf in ways that were measured; `AuthExtension` adds the headers of the login. What each transport
+decides is decided by the pure `Session`; here are only sockets, bytes and the clock.
+
+Where that face was in the way: an aiocometd `Extension` is handed *decoded* messages, which have lost the
+exact bytes and repeated keys, and its `incoming` has no way back to say "committed". So deliveries leave by
+`Line.hear`, with the bytes as they stood on the wire; and the acknowledgement, which must be decided when a
+connect is built and not when it has been built, is written by the session. A `Line` travels to the
+transports as an extension, since that is what `Client` hands on to whatever transport it creates.
+
+One `Line` is one account's connection over any number of Bayeux sessions. It owns a cookie jar of its own
+(CometD binds a session to the cookie BAYEUX_BROWSER; sharing a jar makes two sessions one "browser", of
+which the server lets only one poll), one that also takes cookies from hosts that are IP addresses, which
+aiohttp's default does not.
+"""
+
+import asyncio
+import random
+import ssl
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import aiohttp
+import msgspec
+from aiocometd.client import Client
+from aiocometd.constants import ConnectionType, TransportState
+from aiocometd.extensions import AuthExtension, Extension
+from aiocometd.transports.abc import Transport
+from aiocometd.transports.registry import register_transport
+
+from listener.core.calls import Heard
+from listener.core.session import (
+    DEFAULT_LIMITS,
+    Delivered,
+    Fact,
+    Failure,
+    Handshaken,
+    Limits,
+    Login,
+    Send,
+    Session,
+    Sleep,
+    Stop,
+    split,
+)
+from listener.errors import LoginRefused, RemoteError
+
+DELIVERY_BYTES_MAX = 64 * 1024 * 1024
+"""The largest answer that is taken. A larger one cannot be acknowledged, so the server would send it again
+for ever: the session is given up instead, which is a recorded gap."""
+
+READ_BUFFER_BYTES = 256 * 1024
+"""How much of an answer may wait in the socket's reader; a burst is read in few steps."""
+
+ODD_NAMESPACE = uuid.UUID("b2c1b7f4-6a57-4f0e-9d5e-6f6464736f6d")
+"""Items without a position are filed under a stream of their own, named after the session's."""
+
+
+class Credentials(Protocol):
+    """What a line needs to know of the login; satisfied by `adapters.genesys.GenesysClient`."""
+
+    @property
+    def jar(self) -> aiohttp.abc.AbstractCookieJar:
+        """The account's cookies, shared by REST and CometD."""
+
+    async def login(self) -> None:
+        """Logs in; raises `LoginRefused` or `RemoteUnavailable`."""
+
+    def headers(self) -> Mapping[str, str]:
+        """Authorization and CSRF headers as of now."""
+
+
+class Hearing(Protocol):
+    """Where a line takes what it hears."""
+
+    async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
+        """Takes new messages; returns when there is room for more; calls `committed` when they are durable."""
+
+    def told(self, fact: Fact, at: datetime) -> None:
+        """Takes every fact but the messages themselves, at once and without waiting."""
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where and how to reach one CometD server."""
+
+    url: str
+    connection_types: tuple[str, ...] = ("long-polling",)
+    """In order of preference; long-polling is always understood."""
+    tls: ssl.SSLContext | None = None
+    channels: tuple[str, ...] = ("/v2/me/calls", "/v2/me/devices")
+    login_first: bool = False
+    """Whether the CometD server wants the cookies of a REST login (GWS does)."""
+    delivery_bytes_max: int = DELIVERY_BYTES_MAX
+
+
+class Line(Extension):
+    """One account's connection. `run` it until it is cancelled.
+
+    `goodbye` says whether a cancelled `run` tells the server (/meta/disconnect), so that it keeps nothing
+    more for us; it may be changed at any time. `account` is the store's id. `clock` is steady seconds, `wall`
+    the time of day; both are parameters so that a test can own them.
+    """
+
+    def __init__(
+        self,
+        account: int,
+        endpoint: Endpoint,
+        credentials: Credentials,
+        hearing: Hearing,
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], datetime] = lambda: datetime.now(UTC),  # noqa: TID251 - a shell's default
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.goodbye = True
+        self.account = account
+        self.endpoint = endpoint
+        self.credentials = credentials
+        self.hearing = hearing
+        self.clock = clock
+        self.wall = wall
+        self.session = Session(now=clock(), jitter=jitter, limits=limits)
+        self.wake = asyncio.Event()
+        self.stream = str(uuid.uuid4())
+        self._odd_position = 0
+        self._http: aiohttp.ClientSession | None = None
+        self._transport: _Shell | None = None
+        if endpoint.login_first:
+            self.session.login_first()
+
+    async def run(self) -> None:
+        """Connects, subscribes and hears until cancelled; never raises for what a server does."""
+        types = [ConnectionType(name) for name in self.endpoint.connection_types]
+        client = Client(self.endpoint.url, types, extensions=[self], auth=_Headers(self.credentials))
+        try:
+            await client.open()
+            # At once, so that one request carries all of them.
+            await asyncio.gather(*(client.subscribe(channel) for channel in self.endpoint.channels))
+            if self._transport is not None:
+                await self._transport.ended()
+        finally:
+            # `Client.close` does nothing after a failed `open`, and would leave the transport running.
+            if self._transport is not None:
+                if self.goodbye:
+                    await self._transport.disconnect()
+                await self._transport.close()
+
+    async def outgoing(self, payload: list[dict[str, Any]], headers: dict[str, str]) -> None:
+        """Part of aiocometd's `Extension`; the session has written everything already."""
+
+    async def incoming(self, payload: list[dict[str, Any]], headers: dict[str, str] | None = None) -> None:
+        """Part of aiocometd's `Extension`; deliveries leave by `hearing`, with their exact bytes."""
+
+    def seat(self, transport: "_Shell") -> None:
+        """The transport that `Client` has created is the one that counts."""
+        self._transport = transport
+
+    def http(self) -> aiohttp.ClientSession:
+        """The line's own HTTP client, made when needed."""
+        if self._http is None or self._http.closed:
+            self._http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=2, ssl=self.endpoint.tls or True),
+                cookie_jar=self.credentials.jar,
+                read_bufsize=READ_BUFFER_BYTES,
+                timeout=_NO_TIMEOUT,
+                headers=_CONTENT_TYPE,
+            )
+        return self._http
+
+    async def hang_up(self) -> None:
+        """Drops every pooled connection: after one has failed, the others are as stale."""
+        http, self._http = self._http, None
+        if http is not None:
+            await http.close()
+
+    async def tell(self, facts: Sequence[Fact]) -> None:
+        """Hands facts on, messages as `Heard`."""
+        at = self.wall()
+        for fact in facts:
+            if isinstance(fact, Handshaken):
+                self.stream = str(uuid.uuid4())
+                self._odd_position = 0
+            self.hearing.told(fact, at)
+            if isinstance(fact, Delivered):
+                await self._deliver(fact, at)
+
+    async def _deliver(self, delivered: Delivered, at: datetime) -> None:
+        account, stream = self.account, self.stream
+        heard = [
+            Heard(account, stream, position, at, channel, raw)
+            for position, (channel, raw) in enumerate(delivered.messages, start=delivered.first)
+        ]
+        odd = []
+        if delivered.odd:
+            odd_stream = str(uuid.uuid5(ODD_NAMESPACE, stream))
+            for channel, raw in delivered.odd:
+                self._odd_position += 1
+                odd.append(Heard(account, odd_stream, self._odd_position, at, channel, raw))
+        last = delivered.first + len(heard) - 1
+
+        def committed() -> None:
+            if self.stream == stream:
+                self.session.committed(last)
+                self.wake.set()
+
+        if heard or odd:
+            await self.hearing.hear([*heard, *odd], committed)
+
+
+_NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
+"""Each request has the limit that the session gives it."""
+
+_CONTENT_TYPE = {"Content-Type": "application/json;charset=UTF-8"}
+
+
+class _Headers(AuthExtension):
+    """The headers of the account's login on every request."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+
+    async def outgoing(
+        self,
+        payload: list[dict[str, Any]],  # noqa: ARG002 - aiocometd's signature
+        headers: dict[str, str],
+    ) -> None:
+        headers.update(self._credentials.headers())
+
+    async def incoming(self, payload: list[dict[str, Any]], headers: dict[str, str] | None = None) -> None:
+        """Nothing to read here."""
+
+    async def authenticate(self) -> None:
+        """Logs in anew."""
+        await self._credentials.login()
+
+
+class _NoAnswer(Exception):
+    """A request brought nothing that can be used; says why."""
+
+    def __init__(self, failure: Failure, detail: str) -> None:
+        super().__init__(detail)
+        self.failure = failure
+
+
+class _Shell(Transport):
+    """What both transports share: obeying the session, and what aiocometd asks of a `Transport`."""
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        extensions: list[Extension] | None = None,
+        auth: AuthExtension | None = None,
+        **_unused: Any,
+    ) -> None:
+        """`_unused`: queue, client id, advice, JSON functions and loop, which the `Line` has its own of."""
+        (line,) = [each for each in extensions or () if isinstance(each, Line)]
+        self.line = line
+        self._url = url
+        self._auth = auth
+        self._loop_task: asyncio.Task[None] | None = None
+        line.seat(self)
+
+    # What aiocometd reads
+
+    @property
+    def endpoint(self) -> str:
+        """The server's URL."""
+        return self._url
+
+    @property
+    def client_id(self) -> str | None:
+        """The present session's clientId."""
+        return self.line.session.client_id
+
+    @property
+    def state(self) -> TransportState:
+        """CONNECTED while an exchange has succeeded lately, CONNECTING while it is tried."""
+        if self._loop_task is None or self._loop_task.done():
+            return TransportState.DISCONNECTED
+        return TransportState.CONNECTED if self.line.session.connected else TransportState.CONNECTING
+
+    @property
+    def subscriptions(self) -> set[str]:
+        """The channels that the server has confirmed."""
+        return set(self.line.session.subscribed)
+
+    @property
+    def last_connect_result(self) -> dict[str, Any] | None:
+        """Not kept: the session has read it."""
+        return None
+
+    @property
+    def reconnect_advice(self) -> dict[str, Any]:
+        """Kept by the session; `Client` passes this from one transport to the next."""
+        return {}
+
+    @property
+    def http_session(self) -> aiohttp.ClientSession | None:
+        """Owned by the line; `Client` passes this from one transport to the next."""
+        return None
+
+    @http_session.setter
+    def http_session(self, http_session: aiohttp.ClientSession | None) -> None:
+        """Nothing to keep: see the getter."""
+
+    async def wait_for_state(self, state: TransportState) -> None:
+        """Only `Client.receive` asks, which is not used."""
+        raise NotImplementedError("deliveries leave by Line.hearing; Client.receive() is not supported")
+
+    # What aiocometd does
+
+    async def handshake(self, connection_types: list[ConnectionType]) -> dict[str, Any]:
+        """Goes on until the server grants a session, however long that takes."""
+        session = self.line.session
+        session.offer([each.value for each in connection_types])
+        await self._drive(lambda: session.client_id is not None)
+        return {
+            "channel": "/meta/handshake",
+            "successful": True,
+            "clientId": session.client_id,
+            "supportedConnectionTypes": list(session.server_connection_types),
+        }
+
+    async def connect(self) -> dict[str, Any]:
+        """Connects once, then keeps the session in a task of its own until `close`."""
+        session = self.line.session
+        session.use(self.connection_type.value)
+        await self._drive(lambda: session.connected)
+        # aiocometd's contract: return after the first connect, and stay connected. `close` ends the task.
+        self._loop_task = asyncio.get_running_loop().create_task(self._drive(lambda: False))
+        return {"channel": "/meta/connect", "successful": True}
+
+    async def subscribe(self, channel: str) -> dict[str, Any]:
+        """Asks for `channel` from now on. What the server answers is a fact like any other: a refusal is
+        told, and tried again, so it is no error here."""
+        self.line.session.want(channel)
+        self.line.wake.set()
+        return {"channel": "/meta/subscribe", "successful": True, "subscription": channel}
+
+    async def unsubscribe(self, channel: str) -> dict[str, Any]:
+        """Asks for `channel` no more."""
+        self.line.session.unwant(channel)
+        return {"channel": "/meta/unsubscribe", "successful": True, "subscription": channel}
+
+    async def publish(self, channel: str, data: dict[str, Any]) -> dict[str, Any]:
+        """A listener says nothing."""
+        raise NotImplementedError("a listener does not publish")
+
+    async def ended(self) -> None:
+        """Waits for the loop, which ends only by being cancelled; raises what broke it, a bug of ours."""
+        if self._loop_task is not None:
+            await self._loop_task
+
+    async def disconnect(self) -> None:
+        """Stops hearing and says goodbye, within the bound of a request."""
+        await self._stop_loop()
+        self.line.session.goodbye()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.line.session.limits.request_s):
+                await self._drive(lambda: False)
+
+    async def close(self) -> None:
+        """Stops at once and releases every socket."""
+        await self._stop_loop()
+        await self._drop()
+
+    async def _stop_loop(self) -> None:
+        task, self._loop_task = self._loop_task, None
+        if task is not None:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    # How the session is obeyed
+
+    async def _drive(self, done: Callable[[], bool]) -> None:
+        """Does what the session says until `done` or the session has stopped."""
+        line = self.line
+        session = line.session
+        while not done():
+            line.wake.clear()
+            match session.next(line.clock()):
+                case Send() as send:
+                    await self._attempt(send)
+                case Sleep(until):
+                    await self._rest(until - line.clock())
+                case Login():
+                    await self._login()
+                case Stop():
+                    return
+
+    async def _attempt(self, send: Send) -> None:
+        """Sends, and reports the answer or its absence."""
+        line = self.line
+        try:
+            async with asyncio.timeout(send.timeout_s):
+                headers: dict[str, str] = {}
+                if self._auth is not None:
+                    await self._auth.outgoing(send.messages, headers)
+                await self._exchange(send, headers)
+        except _NoAnswer as error:
+            await self._failed(error.failure, str(error))
+        except TimeoutError:
+            detail = f"no answer to {send.channel} within {send.timeout_s:g} s"
+            await self._failed(Failure.NETWORK, detail)
+        except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
+            await self._failed(Failure.NETWORK, f"{type(error).__name__}: {error}")
+        else:
+            if not line.session.answered:
+                await self._failed(Failure.MALFORMED, f"an answer without a reply to {send.channel}")
+
+    async def _failed(self, failure: Failure, detail: str) -> None:
+        await self._drop()
+        await self.line.tell(self.line.session.failed(failure, detail, self.line.clock()))
+
+    async def _login(self) -> None:
+        line = self.line
+        try:
+            await line.credentials.login()
+        except LoginRefused as error:
+            await line.tell(line.session.login_refused(str(error), line.clock()))
+        except RemoteError as error:
+            await self._failed(Failure.NETWORK, f"login: {error}")
+        else:
+            line.session.logged_in()
+
+    async def _take(self, body: bytes) -> None:
+        """Hands an answer to the session and what it says of it to the line."""
+        try:
+            items = split(body)
+        except ValueError as error:
+            raise _NoAnswer(Failure.MALFORMED, str(error)) from None
+        await self.line.tell(self.line.session.received(items, self.line.clock()))
+
+    async def _exchange(self, send: Send, headers: dict[str, str]) -> None:
+        """Sends the messages and takes what comes, until the session has its replies; raises `_NoAnswer`,
+        `aiohttp.ClientError` or `OSError`."""
+        raise NotImplementedError
+
+    async def _rest(self, seconds: float) -> None:
+        """Waits that long, or until the line is woken."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.line.wake.wait()
+
+    async def _drop(self) -> None:
+        """Drops every connection."""
+        await self.line.hang_up()
+
+
+@register_transport(ConnectionType.LONG_POLLING)
+class LongPolling(_Shell):
+    """One POST an exchange; a connect is held by the server until there is something to say."""
+
+    async def _exchange(self, send: Send, headers: dict[str, str]) -> None:
+        limit = self.line.endpoint.delivery_bytes_max
+        body = msgspec.json.encode(send.messages)
+        # A redirect would turn the POST into a GET, or take the credentials elsewhere.
+        async with self.line.http().post(
+            self._url, data=body, headers=headers, allow_redirects=False
+        ) as response:
+            if response.status != 200:
+                raise _refusal(response, self._url)
+            if (response.content_length or 0) > limit:
+                raise _NoAnswer(Failure.OVERSIZED, f"{response.content_length} bytes, more than {limit}")
+            chunks = []
+            size = 0
+            async for chunk in response.content.iter_any():
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > limit:
+                    raise _NoAnswer(Failure.OVERSIZED, f"more than {limit} bytes")
+        await self._take(b"".join(chunks))
+
+
+def _refusal(response: aiohttp.ClientResponse, url: str) -> _NoAnswer:
+    """What an HTTP status other than 200 means."""
+    detail = f"HTTP {response.status} {response.reason or ''} from {url}".replace("  ", " ")
+    if response.status in (401, 403):
+        return _NoAnswer(Failure.UNAUTHORISED, detail)
+    if 300 <= response.status < 400:
+        detail += (
+            f" to {response.headers.get('Location', 'nowhere')}: redirects are not followed, set base_url"
+        )
+    return _NoAnswer(Failure.HTTP, detail)
+
+
+@register_transport(ConnectionType.WEBSOCKET)
+class WebSocket(_Shell):
+    """One connection that stays; frames also come unasked, so a frame is awaited at all times."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._socket: aiohttp.ClientWebSocketResponse | None = None
+        self._frame: asyncio.Task[aiohttp.WSMessage] | None = None
+
+    async def _exchange(self, send: Send, headers: dict[str, str]) -> None:
+        socket = await self._open(headers)
+        await socket.send_str(msgspec.json.encode(send.messages).decode())
+        while not self.line.session.answered:
+            await self._take(await self._next_frame(socket))
+
+    async def _open(self, headers: dict[str, str]) -> aiohttp.ClientWebSocketResponse:
+        if self._socket is None:
+            try:
+                self._socket = await self.line.http().ws_connect(
+                    "ws" + self._url.removeprefix("http"),
+                    headers=headers,
+                    max_msg_size=self.line.endpoint.delivery_bytes_max,
+                )
+            except aiohttp.WSServerHandshakeError as error:
+                failure = Failure.UNAUTHORISED if error.status in (401, 403) else Failure.HTTP
+                raise _NoAnswer(failure, f"HTTP {error.status} to the websocket's upgrade") from None
+        return self._socket
+
+    def _awaited(self, socket: aiohttp.ClientWebSocketResponse) -> asyncio.Task[aiohttp.WSMessage]:
+        """The one task that waits for the next frame; it outlives a rest that ends without one."""
+        if self._frame is None:
+            self._frame = asyncio.get_running_loop().create_task(socket.receive())
+        return self._frame
+
+    async def _next_frame(self, socket: aiohttp.ClientWebSocketResponse) -> bytes:
+        message = await self._awaited(socket)
+        self._frame = None
+        if message.type is aiohttp.WSMsgType.TEXT:
+            return str(message.data).encode()
+        if message.type is aiohttp.WSMsgType.BINARY:
+            return bytes(message.data)
+        if socket.close_code == aiohttp.WSCloseCode.MESSAGE_TOO_BIG:
+            limit = self.line.endpoint.delivery_bytes_max
+            raise _NoAnswer(Failure.OVERSIZED, f"a frame of more than {limit} bytes")
+        raise _NoAnswer(Failure.NETWORK, f"the websocket closed ({socket.close_code})")
+
+    async def _rest(self, seconds: float) -> None:
+        socket = self._socket
+        if socket is None:
+            await super()._rest(seconds)
+            return
+        frame = self._awaited(socket)
+        woken = asyncio.get_running_loop().create_task(self.line.wake.wait())
+        try:
+            await asyncio.wait({frame, woken}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            woken.cancel()
+        if frame.done():
+            try:
+                await self._take(await self._next_frame(socket))
+            except _NoAnswer as error:
+                await self._failed(error.failure, str(error))
+
+    async def _drop(self) -> None:
+        frame, self._frame = self._frame, None
+        if frame is not None:
+            frame.cancel()
+            with suppress(asyncio.CancelledError, aiohttp.ClientError, OSError):
+                await frame
+        socket, self._socket = self._socket, None
+        if socket is not None:
+            await socket.close()
+        await super()._drop()
