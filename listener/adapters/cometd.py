@@ -81,7 +81,7 @@ class Hearing(Protocol):
     """Where a line takes what it hears."""
 
     async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
-        """Takes new messages; returns when there is room for more; calls `committed` when they are durable."""
+        """Takes new messages; returns when there is room for more; calls `committed` when they are stored."""
 
     def told(self, fact: Fact, at: datetime) -> None:
         """Takes every fact but the messages themselves, at once and without waiting."""

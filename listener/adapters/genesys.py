@@ -78,7 +78,6 @@ class GenesysClient:
 
         Raises `LoginRefused` if the credentials are wrong, `RemoteUnavailable` if trying again may help.
         """
-        self._jar.clear()
         self._csrf = {}
         status, body = await self._request("GET", self._me_path)
         if status in (401, 403):
