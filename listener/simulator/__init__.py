@@ -5,7 +5,8 @@
     scripts.py   what is said about a call, in every dialect, and what should be known afterwards (pure)
     bayeux.py    the CometD server without I/O: sessions, queues, acknowledgements, advice, expiry
     faults.py    what goes wrong, once on command or at random from a seed
-    gws.py       the HTTP and websocket server: REST, CometD, the control API
+    cometd.py    its two transports, long-polling and websocket, and how faults look on the wire
+    gws.py       the HTTP server: logins, REST, the control API
     centre.py    plays scripts at a rate over many accounts, and knows what it sent
 
 It is the other side: it shares nothing with the decoder, the fold and the session that it is there to

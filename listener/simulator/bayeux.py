@@ -24,7 +24,7 @@ The rules are those of CometD Java (`ServerSessionImpl`, `AbstractHttpTransport`
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from random import Random
 from typing import Any, Final
@@ -274,7 +274,7 @@ class Broker:
         }
         if ack:
             reply["ext"] = {"ack": True}
-        self._expire_later(session, now)
+        self.expire_later(session, now)
         return session, reply
 
     def connect(
@@ -342,7 +342,7 @@ class Broker:
         batch, messages = session.take(most)
         if session.ack:
             reply["ext"] = {"ack": batch}
-        self._expire_later(session, now)
+        self.expire_later(session, now)
         return reply, messages
 
     def handle(self, session: ServerSession | None, message: dict[str, Any], now: float) -> Reply:
@@ -398,7 +398,8 @@ class Broker:
 
     # Replies. -----------------------------------------------------------------------------------
 
-    def _expire_later(self, session: ServerSession, now: float) -> None:
+    def expire_later(self, session: ServerSession, now: float) -> None:
+        """Let the session expire unless a /meta/connect comes in time."""
         session.expires_at = now + (self.settings.interval_ms + self.settings.max_interval_ms) / 1000
 
     def _advice(self, session: ServerSession, transport: str) -> dict[str, Any]:
@@ -432,10 +433,3 @@ class Broker:
 def _channels(message: dict[str, Any]) -> list[str]:
     wanted = message.get("subscription")
     return [str(name) for name in wanted] if isinstance(wanted, list) else [wanted] if wanted else []
-
-
-def frames(messages: Sequence[Message], most: int) -> Iterator[bytes]:
-    """The messages as JSON arrays of at most so many each (0: all in one)."""
-    size = most or len(messages)
-    for start in range(0, len(messages), max(size, 1)):
-        yield b"[" + b",".join([m.raw for m in messages[start : start + size]]) + b"]"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
-from time import time
+from time import time  # noqa: TID251 - the default of a shell
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -323,8 +323,7 @@ class Simulator:
                 for message in messages[start : start + step]:
                     self.gws.broker.publish(login, message)
             await asyncio.sleep(0)
-        while any(session.waiting for session in self.gws.broker.sessions.values()):
-            await asyncio.sleep(TICK_S)
+        await self._until(self._empty, TICK_S)
         return loop.time() - begun
 
     # Waiting and knowing. -------------------------------------------------------------------------
@@ -334,8 +333,7 @@ class Simulator:
         TimeoutError when they have not in time."""
         wanted = len(self.accounts) if accounts is None else accounts
         async with asyncio.timeout(timeout_s):
-            while self.listening() < wanted:
-                await asyncio.sleep(POLL_S)
+            await self._until(lambda: self.listening() >= wanted)
 
     def listening(self) -> int:
         """How many accounts have a session that is subscribed to their calls."""
@@ -346,8 +344,15 @@ class Simulator:
         """Wait until every session has taken, and with ack acknowledged, all that waits for it.
         TimeoutError when they have not in time."""
         async with asyncio.timeout(timeout_s):
-            while any(session.waiting for session in self.gws.broker.sessions.values()):
-                await asyncio.sleep(POLL_S)
+            await self._until(self._empty)
+
+    def _empty(self) -> bool:
+        return not any(session.waiting for session in self.gws.broker.sessions.values())
+
+    async def _until(self, condition: Callable[[], bool], period_s: float = POLL_S) -> None:
+        # Looked at now and then, so that the sending of a message need not tell anybody.
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(period_s)
 
     def truth(self) -> Truth:
         """What was sent so far, and what must be known of it."""
@@ -381,7 +386,7 @@ class Simulator:
         count = await self.play(body.get("seconds"), notifications=body.get("notifications"))
         return json_response({"notifications": count})
 
-    async def _post_finish(self, request: web.Request) -> web.StreamResponse:
+    async def _post_finish(self, _request: web.Request) -> web.StreamResponse:
         """Lets every call end, and answers when all is delivered."""
         count = await self.finish()
         with suppress(TimeoutError):

@@ -1,8 +1,8 @@
-"""Genesys Web Services as a server on loopback: REST, CometD over HTTP and websocket, and its controls.
+"""Genesys Web Services as a server on loopback: logins, REST, the way into CometD, and its controls.
 
-This is the shell round `listener.simulator.bayeux`: it owns the sockets, the HTTP sessions, the held
-requests and the clock, and lets faults happen. What is said about calls comes from elsewhere
-(`listener.simulator.centre`), through `GwsServer.publish`.
+It owns the listening socket, the HTTP sessions and the clock. CometD itself is `listener.simulator.bayeux`
+(what is answered) and `listener.simulator.cometd` (how it travels); what is said about calls comes from
+`listener.simulator.centre`, through `begin` and `step`.
 
 Logins and errors are those that were seen at GWS: a request without a valid login is HTTP 403 with
 statusCode 20, never 401; CometD's requests need the same login (JSESSIONID, or Authorization on each).
@@ -13,37 +13,31 @@ The control API (`/simulator/…`) is for loopback only and has no login.
 import asyncio
 import base64
 import binascii
-import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from ipaddress import ip_address
 from random import Random
-from time import time
+from time import time  # noqa: TID251 - the default of a shell
 from types import TracebackType
 from typing import Any, Final, Self
 from uuid import UUID
 
 import msgspec
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
 from listener.errors import SettingsError
-from listener.simulator import bayeux, scripts
-from listener.simulator.bayeux import LONG_POLLING, WEBSOCKET, Broker, Reply, ServerSession
-from listener.simulator.faults import WEBSOCKET_FAULTS, ArmedFault, Fault, Faults
+from listener.simulator import scripts
+from listener.simulator.bayeux import Broker
+from listener.simulator.cometd import REQUEST_BYTES_MAX, Transports
+from listener.simulator.faults import Faults
 from listener.simulator.scripts import Agent, CallTruth, Dialect, Message, ScriptedCall
 from listener.simulator.settings import MIXED, SimulatorSettings
 
-BROWSER_COOKIE: Final = "BAYEUX_BROWSER"
 SESSION_COOKIE: Final = "JSESSIONID"
 CSRF_HEADER: Final = "X-CSRF-TOKEN"
-REQUEST_BYTES_MAX: Final = 1 << 20
-"""A larger request is answered 413 by the HTTP server: nobody has that much to say to GWS."""
 CALLS_LISTED_MAX: Final = 100_000
 """Finished calls whose truth is kept; older ones are dropped, so that a run of days does not grow."""
-UNANSWERED_S: Final = 120.0
-"""How long a half-open connection is kept; then it is cut."""
 RESTART_GRACE_S: Final = 0.05
 """How long the HTTP server waits for its handlers when it stops."""
 
@@ -56,8 +50,6 @@ DIAL_SCRIPTS: Final = {
     "+12025550193": "dial_invalid",
 }
 """What becomes of a Dial to these numbers; every other number answers."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -88,10 +80,6 @@ class HttpSession:
 
     account: Account
     csrf_token: str
-
-
-class Abort(Exception):
-    """The connection is to be cut without an answer."""
 
 
 def make_accounts(settings: SimulatorSettings) -> list[Account]:
@@ -131,16 +119,15 @@ class GwsServer:
         self.broker = Broker(settings, list(self.accounts))
         self.calls: deque[CallTruth] = deque(maxlen=CALLS_LISTED_MAX)
         self.port = settings.port
-        self.requests = 0
         self.restarts = 0
-        self.device_posts = 0
+        self._device_messages = 0
         self._clock = clock
         self._by_token = {account.token: account for account in self.accounts.values()}
         self._http_sessions: dict[str, HttpSession] = {}
         # Cookies and tokens must differ from those before a restart, whatever the seed.
         self._secrets = Random()
-        self._closing = asyncio.Event()
-        self._tasks: asyncio.TaskGroup | None = None
+        self._transports = Transports(settings, self.broker, self.faults)
+        self._tasks = asyncio.TaskGroup()
         self._background: set[asyncio.Task[None]] = set()
         self._runner: web.AppRunner | None = None
         self._control: list[tuple[str, str, Callable[[web.Request], Awaitable[web.StreamResponse]]]] = []
@@ -153,7 +140,6 @@ class GwsServer:
         return f"http://{self.settings.host}:{self.port}"
 
     async def __aenter__(self) -> Self:
-        self._tasks = asyncio.TaskGroup()
         await self._tasks.__aenter__()
         try:
             await self._listen()
@@ -171,12 +157,10 @@ class GwsServer:
         try:
             await self._stop_listening()
         finally:
-            assert self._tasks is not None
             await self._tasks.__aexit__(kind, error, trace)
 
     def spawn(self, work: Any) -> None:
         """Run a coroutine until it is done or the server stops."""
-        assert self._tasks is not None
         task = self._tasks.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -201,7 +185,7 @@ class GwsServer:
         app.router.add_get("/simulator/stats", self._local(self._get_stats))
         for method, path, handler in self._control:
             app.router.add_route(method, path, self._local(handler))
-        self._closing = asyncio.Event()
+        self._transports.closing = asyncio.Event()
         self._runner = web.AppRunner(
             app, access_log=None, handle_signals=False, shutdown_timeout=RESTART_GRACE_S, keepalive_timeout=75
         )
@@ -211,8 +195,9 @@ class GwsServer:
         self.port = self._runner.addresses[0][1]
 
     async def _stop_listening(self) -> None:
-        assert self._runner is not None
-        self._closing.set()
+        self._transports.closing.set()
+        if self._runner is None:
+            return
         server = self._runner.server
         for site in list(self._runner.sites):
             await site.stop()
@@ -387,8 +372,8 @@ class GwsServer:
                 return json_response(
                     {"statusCode": 1, "statusMessage": "operationName is missing or unknown"}, status=400
                 )
-        rng = Random(f"{account.login}{self.device_posts}")
-        self.device_posts += 1
+        rng = Random(f"{account.login}{self._device_messages}")
+        self._device_messages += 1
         state = "Ready" if account.ready else "NotReady"
         self.publish(account, scripts.device_message(account.agent, state, rng, self.now()))
         return self._dress(json_response(answer), session, "")
@@ -418,8 +403,8 @@ class GwsServer:
         lacking = self.settings.contact_centre_session_required and not account.contact_centre_session
         if device != account.agent.device_id or lacking:
             name = account.agent.dn if device == account.agent.device_id else device
-            rng = Random(f"{account.login}{self.device_posts}")
-            self.device_posts += 1
+            rng = Random(f"{account.login}{self._device_messages}")
+            self._device_messages += 1
             self.publish(account, scripts.error_message(account.agent, rng, self.now()))
             return json_response(
                 {"statusCode": 4, "statusMessage": f"Device '{name}' is not registered."}, status=500
@@ -487,262 +472,26 @@ class GwsServer:
             await asyncio.sleep(delay_s * self.settings.dial_time_scale)
             _, delay_s = self.step(account, call, self.now())
 
-    # CometD over long-polling. --------------------------------------------------------------------
+    # CometD. ------------------------------------------------------------------------------------
 
     async def _notifications(self, request: web.Request) -> web.StreamResponse:
         if request.headers.get("Upgrade", "").lower() == "websocket":
-            return await self._websocket(request)
+            session, _ = self._session(request)
+            if session is None:
+                return access_denied()
+            return await self._transports.websocket(request, session.account.login)
         if request.method != "POST":
             return web.Response(status=405)
-        self.requests += 1
         body = await request.read()
-        if self._is_swallowed(request, body):
-            return await self._never(request)
         session, new_cookie = self._session(request, create=b"/meta/handshake" in body)
         if session is None:
             return access_denied()
         if self.settings.csrf_on_notifications and (refusal := self._csrf_failed(request, session)):
             return refusal
-        try:
-            messages = parse(body)
-        except ValueError:
-            return web.Response(status=400)
-        if not messages or (len(messages) > 1 and any(_channel(m) == "/meta/handshake" for m in messages)):
-            # CometD Java: "bayeux protocol violation".
-            return web.Response(status=500)
-        try:
-            response = await self._exchange(request, session.account, messages)
-        except Abort:
-            return await self._cut(request)
-        if isinstance(response, web.Response) and new_cookie:
+        response = await self._transports.poll(request, session.account.login, body)
+        if new_cookie and not response.prepared:
             response.set_cookie(SESSION_COOKIE, new_cookie, path="/", httponly=True)
         return response
-
-    def _is_swallowed(self, request: web.Request, body: bytes) -> bool:
-        """Whether a half-open connection swallows this request before anybody looks at it."""
-        session, _ = self._session(request)
-        kind = exchange_of(body)
-        return session is not None and bool(self.faults.take(session.account.login, kind, arriving=True))
-
-    async def _exchange(
-        self, request: web.Request, account: Account, messages: list[dict[str, Any]]
-    ) -> web.StreamResponse:
-        loop = asyncio.get_running_loop()
-        browser_id = request.cookies.get(BROWSER_COOKIE, "")
-        new_browser_id = ""
-        session: ServerSession | None = None
-        if _channel(messages[0]) != "/meta/handshake":
-            session = self.broker.find(messages[0], browser_id)
-        replies: list[Reply] = []
-        data: list[Message] = []
-        take_queue = False
-        for message in messages:
-            match _channel(message):
-                case "/meta/handshake":
-                    if not browser_id:
-                        browser_id = new_browser_id = f"{self._secrets.getrandbits(80):016x}"[:16]
-                    session, reply = self.broker.handshake(
-                        message, account.login, browser_id, LONG_POLLING, loop.time()
-                    )
-                    replies.append(reply)
-                case "/meta/connect":
-                    alone = len(messages) == 1
-                    if session is not None and isinstance(session.hold, asyncio.Future):
-                        # CometD answers the older of two /meta/connect of a session with an error.
-                        self._release(session, session.hold, "superseded")
-                    reply, hold_s = self.broker.connect(session, message, LONG_POLLING, alone=alone)
-                    if session is None:
-                        replies.append(reply)
-                        continue
-                    if hold_s is not None and await self._hold(session, hold_s) == "superseded":
-                        return web.Response(status=500)
-                    reply, data = self.broker.conclude(session, reply, LONG_POLLING, loop.time())
-                    replies.append(reply)
-                case _:
-                    replies.append(self.broker.handle(session, message, loop.time()))
-                    take_queue = session is not None and not session.ack
-        if take_queue and session is not None and not session.ended:
-            _, more = session.take(self.settings.reply_messages_max)
-            data += more
-        response = await self._answer(request, account, _channel(messages[0]), session, data, replies)
-        if new_browser_id and isinstance(response, web.Response):
-            response.set_cookie(BROWSER_COOKIE, new_browser_id, path="/", httponly=True)
-        return response
-
-    async def _hold(self, session: ServerSession, hold_s: float) -> str:
-        """Hold a /meta/connect until there is a reason to answer it, which is given."""
-        loop = asyncio.get_running_loop()
-        hold: asyncio.Future[str] = loop.create_future()
-        session.hold = hold
-        session.notify = partial(self._release, session, hold, "messages")
-        timer = loop.call_later(hold_s, self._release, session, hold, "timeout")
-        try:
-            if self._closing.is_set():
-                raise Abort
-            reason = await hold
-        finally:
-            timer.cancel()
-            self._release(session, hold, "cancelled")
-        if self._closing.is_set():
-            raise Abort
-        return reason
-
-    def _release(self, session: ServerSession, hold: asyncio.Future[str], reason: str) -> None:
-        if session.hold is hold:
-            session.hold = session.notify = None
-            self.broker.release(session)
-            if not hold.done():
-                hold.set_result(reason)
-
-    async def _answer(
-        self,
-        request: web.Request,
-        account: Account,
-        channel: str,
-        session: ServerSession | None,
-        data: list[Message],
-        replies: list[Reply],
-    ) -> web.StreamResponse:
-        """Write the answer to one exchange, unless a fault is due."""
-        fault = self.faults.take(account.login, channel.rpartition("/")[2])
-        if fault is None and request.transport is not None and not request.transport.is_closing():
-            handed_over(session, data)
-            return web.Response(
-                body=compose(channel, data, replies), content_type="application/json", charset="UTF-8"
-            )
-        if fault is None:
-            self._lose(session, data)
-            raise Abort
-        return await self._answer_faultily(request, fault, channel, session, data, replies)
-
-    async def _answer_faultily(
-        self,
-        request: web.Request,
-        fault: ArmedFault,
-        channel: str,
-        session: ServerSession | None,
-        data: list[Message],
-        replies: list[Reply],
-    ) -> web.StreamResponse:
-        match fault.kind:
-            case Fault.DELAY:
-                await asyncio.sleep(fault.seconds)
-            case Fault.ADVICE | Fault.ADVICE_NULL | Fault.STRING_INTERVAL:
-                self._misadvise(fault, session, replies)
-            case Fault.NULL_ITEMS:
-                handed_over(session, data)
-                body = b"[null," + compose(channel, data, replies)[1:-1] + b",null]"
-                return web.Response(body=body, content_type="application/json", charset="UTF-8")
-            case _:
-                # In all others the messages do not arrive, or not so that they could be relied upon.
-                self._lose(session, data)
-                return await self._break(request, fault, compose(channel, data, replies), replies)
-        handed_over(session, data)
-        return web.Response(
-            body=compose(channel, data, replies), content_type="application/json", charset="UTF-8"
-        )
-
-    async def _break(
-        self, request: web.Request, fault: ArmedFault, body: bytes, replies: list[Reply]
-    ) -> web.StreamResponse:
-        match fault.kind:
-            case Fault.HALF_OPEN:
-                return await self._never(request)
-            case Fault.TRUNCATED_JSON:
-                return web.Response(body=body[: len(body) // 2], content_type="application/json")
-            case Fault.HTML_503:
-                page = "<html><body><h1>503 Service Unavailable</h1></body></html>"
-                return web.Response(text=page, content_type="text/html", status=503)
-            case Fault.HTTP_STATUS:
-                return json_response({"statusCode": 4, "statusMessage": "Simulated"}, status=fault.status)
-            case Fault.DROP_MID_REPLY:
-                return await self._write_part(request, body, len(body) // 2)
-            case Fault.REPLY_LOST:
-                return await self._write_part(request, body, len(body) - len(compose("", [], replies)))
-            case _:
-                return await self._cut(request)
-
-    def _misadvise(self, fault: ArmedFault, session: ServerSession | None, replies: list[Reply]) -> None:
-        for reply in replies:
-            if fault.kind is Fault.ADVICE_NULL:
-                reply["advice"] = None
-            elif fault.kind is Fault.STRING_INTERVAL:
-                interval = str(self.settings.interval_ms)
-                reply["advice"] = {**(reply.get("advice") or {}), "interval": interval}
-            else:
-                reply["advice"] = fault.advice
-        if session is not None and fault.advice.get("reconnect") in ("none", "handshake"):
-            self.broker.remove(session, "forgotten")
-
-    def _lose(self, session: ServerSession | None, data: list[Message]) -> None:
-        """Note that messages left the queue for nothing. With ack they are still in it."""
-        if session is not None and not session.ack:
-            session.ledger.abandon(data)
-
-    async def _write_part(self, request: web.Request, body: bytes, count: int) -> web.StreamResponse:
-        """Promise the whole body, send its first bytes, and close."""
-        response = web.StreamResponse(headers={"Content-Type": "application/json;charset=UTF-8"})
-        response.content_length = len(body)
-        await response.prepare(request)
-        await response.write(body[:count])
-        if request.transport is not None:
-            request.transport.close()
-        return response
-
-    async def _cut(self, request: web.Request) -> web.StreamResponse:
-        if request.transport is not None:
-            request.transport.abort()
-        return web.Response()
-
-    async def _never(self, request: web.Request) -> web.StreamResponse:
-        """Leave a request unanswered until the client or the server goes away."""
-        try:
-            async with asyncio.timeout(UNANSWERED_S):
-                await self._closing.wait()
-        except TimeoutError:
-            _log.debug("a half-open connection was kept for %s s", UNANSWERED_S)
-        return await self._cut(request)
-
-    # CometD over websocket. -----------------------------------------------------------------------
-
-    async def _websocket(self, request: web.Request) -> web.StreamResponse:
-        if not self.settings.websocket:
-            return web.Response(status=400)
-        session, _ = self._session(request)
-        if session is None:
-            return access_denied()
-        socket = web.WebSocketResponse(max_msg_size=REQUEST_BYTES_MAX, compress=False)
-        await socket.prepare(request)
-        endpoint = _WebSocketEndpoint(self, request, socket, session.account)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                writer = tasks.create_task(endpoint.write())
-                await self._read(request, socket, endpoint, session.account)
-                writer.cancel()
-        finally:
-            endpoint.detach()
-        return socket
-
-    async def _read(
-        self,
-        request: web.Request,
-        socket: web.WebSocketResponse,
-        endpoint: "_WebSocketEndpoint",
-        account: Account,
-    ) -> None:
-        """Hand the frames of a websocket to its endpoint until it is closed."""
-        async for frame in socket:
-            if frame.type is not WSMsgType.TEXT:
-                continue
-            self.requests += 1
-            body = frame.data.encode()
-            if self.faults.take(account.login, exchange_of(body), arriving=True):
-                await self._never(request)
-                return
-            try:
-                endpoint.receive(parse(body))
-            except ValueError:
-                await socket.close(code=1011)
 
     # The control API. -----------------------------------------------------------------------------
 
@@ -792,7 +541,7 @@ class GwsServer:
                 raise SettingsError(f"simulator: no such fault: {other}")
         return json_response({"ok": True})
 
-    async def _get_stats(self, request: web.Request) -> web.StreamResponse:
+    async def _get_stats(self, _request: web.Request) -> web.StreamResponse:
         return json_response(self.stats())
 
     def stats(self) -> dict[str, Any]:
@@ -802,7 +551,7 @@ class GwsServer:
             "accounts": len(self.accounts),
             "sessions": len(self.broker.sessions),
             "handshakes": self.broker.handshakes,
-            "requests": self.requests,
+            "exchanges": self._transports.exchanges,
             "restarts": self.restarts,
             "sent": sum(ledger.sent for ledger in ledgers),
             "accepted": sum(ledger.accepted for ledger in ledgers),
@@ -811,193 +560,3 @@ class GwsServer:
             "live_calls": sum(len(account.playing) for account in self.accounts.values()),
             "faults": dict(self.faults.struck),
         }
-
-
-class _WebSocketEndpoint:
-    """One websocket: frames go out in order by one writer, which is woken when there is a reason."""
-
-    def __init__(
-        self, server: GwsServer, request: web.Request, socket: web.WebSocketResponse, account: Account
-    ) -> None:
-        self._server = server
-        self._request = request
-        self._socket = socket
-        self._account = account
-        self._session: ServerSession | None = None
-        self._replies: deque[tuple[str, list[Reply]]] = deque()
-        self._connect: Reply | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._due = False
-        self._wake = asyncio.Event()
-
-    def receive(self, messages: list[dict[str, Any]]) -> None:
-        """Handle the messages of one frame; answers are left to the writer."""
-        loop = asyncio.get_running_loop()
-        broker = self._server.broker
-        for message in messages:
-            channel = _channel(message)
-            if channel == "/meta/handshake":
-                self.detach()
-                self._session, reply = broker.handshake(
-                    message, self._account.login, "", WEBSOCKET, loop.time()
-                )
-                self._replies.append((channel, [reply]))
-                continue
-            if self._session is None or self._session.ended:
-                self._session = broker.find(message, None)
-            session = self._session
-            if session is not None:
-                # Another endpoint of the session, if any, hears nothing from now on.
-                session.notify = self._notify
-            if channel == "/meta/connect":
-                reply, hold_s = broker.connect(session, message, WEBSOCKET, alone=len(messages) == 1)
-                if session is None:
-                    self._replies.append((channel, [reply]))
-                    continue
-                self._connect = reply
-                self._due = hold_s is None
-                if self._timer is not None:
-                    self._timer.cancel()
-                self._timer = loop.call_later(hold_s, self._time_out) if hold_s is not None else None
-            else:
-                self._replies.append((channel, [broker.handle(session, message, loop.time())]))
-        self._wake.set()
-
-    def detach(self) -> None:
-        """The websocket is gone or begins another session; the old one may expire from now on."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        session, self._session = self._session, None
-        if session is not None and session.notify == self._notify:
-            session.notify = None
-            if self._connect is not None:
-                now = asyncio.get_running_loop().time()
-                settings = self._server.settings
-                session.expires_at = now + (settings.interval_ms + settings.max_interval_ms) / 1000
-        self._connect = None
-
-    def _notify(self) -> None:
-        session = self._session
-        if session is not None and (session.ack or session.ended):
-            self._due = self._connect is not None
-        self._wake.set()
-
-    def _time_out(self) -> None:
-        self._due = True
-        self._wake.set()
-
-    async def write(self) -> None:
-        """Write until the connection is closed."""
-        while not self._socket.closed:
-            await self._wake.wait()
-            self._wake.clear()
-            try:
-                while self._replies:
-                    channel, replies = self._replies.popleft()
-                    await self._send(channel, [], replies)
-                session = self._session
-                if session is None:
-                    continue
-                if self._due and self._connect is not None:
-                    reply, self._connect, self._due = self._connect, None, False
-                    if self._timer is not None:
-                        self._timer.cancel()
-                        self._timer = None
-                    now = asyncio.get_running_loop().time()
-                    reply, data = self._server.broker.conclude(session, reply, WEBSOCKET, now)
-                    await self._send("/meta/connect", data, [reply])
-                elif not session.ack and session.fresh and session.subscriptions:
-                    _, data = session.take(0)
-                    await self._send("", data, [])
-            except ConnectionError:
-                return
-
-    async def _send(self, channel: str, data: list[Message], replies: list[Reply]) -> None:
-        """Messages first, in frames of their own, then the replies: as CometD does."""
-        server = self._server
-        session = self._session
-        fault = server.faults.take(self._account.login, channel.rpartition("/")[2])
-        if fault is not None:
-            if not await self._falter(fault, data, replies):
-                return
-        elif self._request.transport is None or self._request.transport.is_closing():
-            server._lose(session, data)
-            raise ConnectionResetError
-        for frame in bayeux.frames(data, server.settings.frame_messages_max):
-            await self._socket.send_frame(frame, WSMsgType.TEXT)
-        if replies:
-            await self._socket.send_frame(compose("", [], replies), WSMsgType.TEXT)
-        handed_over(session, data)
-
-    async def _falter(self, fault: ArmedFault, data: list[Message], replies: list[Reply]) -> bool:
-        """Let a fault happen; True when the frames are to be sent all the same."""
-        server, session, socket = self._server, self._session, self._socket
-        match fault.kind:
-            case Fault.DELAY:
-                await asyncio.sleep(fault.seconds)
-                return True
-            case Fault.ADVICE | Fault.ADVICE_NULL | Fault.STRING_INTERVAL:
-                server._misadvise(fault, session, replies)
-                return True
-            case Fault.NULL_ITEMS:
-                await socket.send_frame(b"[null]", WSMsgType.TEXT)
-                return True
-        server._lose(session, data)
-        whole = list(bayeux.frames(data, server.settings.frame_messages_max))
-        match fault.kind:
-            case Fault.HALF_OPEN:
-                await server._closing.wait()
-            case Fault.TRUNCATED_JSON:
-                body = compose("", data, replies)
-                await socket.send_frame(body[: len(body) // 2], WSMsgType.TEXT)
-                return False
-            case Fault.DROP_MID_REPLY:
-                whole = whole[: len(whole) // 2]
-            case Fault.DROP_BEFORE_REPLY:
-                whole = []
-        if fault.kind in WEBSOCKET_FAULTS:
-            for frame in whole:
-                await socket.send_frame(frame, WSMsgType.TEXT)
-            if self._request.transport is not None:
-                self._request.transport.close()
-        else:
-            await socket.close(code=1011)
-        raise ConnectionResetError
-
-
-def _channel(message: dict[str, Any]) -> str:
-    return str(message.get("channel"))
-
-
-def exchange_of(body: bytes) -> str:
-    """The kind of exchange by its first meta channel, without parsing: connect, handshake, …"""
-    _, _, rest = body.partition(b'"/meta/')
-    return rest.partition(b'"')[0].decode(errors="replace")
-
-
-def parse(body: bytes) -> list[dict[str, Any]]:
-    """The messages of a request; ValueError when it is no Bayeux."""
-    try:
-        parsed = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
-        raise ValueError(str(error)) from error
-    messages = parsed if isinstance(parsed, list) else [parsed]
-    if not all(isinstance(message, dict) for message in messages):
-        raise ValueError("a Bayeux message is an object")
-    return messages
-
-
-def compose(channel: str, data: list[Message], replies: list[Reply]) -> bytes:
-    """The body of an answer. CometD writes a handshake reply first, and every other reply last."""
-    written = [msgspec.json.encode(reply) for reply in replies]
-    messages = [message.raw for message in data]
-    parts = [*written, *messages] if channel == "/meta/handshake" else [*messages, *written]
-    return b"[" + b",".join(parts) + b"]"
-
-
-def handed_over(session: ServerSession | None, data: list[Message]) -> None:
-    """Without ack, being written is all the delivery there is."""
-    if session is not None and not session.ack:
-        for message in data:
-            message.delivered = True

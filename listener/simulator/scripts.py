@@ -224,7 +224,7 @@ the rest of the message."""
 
 @cache
 def _capability_orders(
-    v3: bool, state: str, recording: str | None, swappable: bool, conference: bool
+    *, v3: bool, state: str, recording: str | None, swappable: bool, conference: bool
 ) -> tuple[bytes, ...]:
     """The capabilities of a situation as JSON, in several orders."""
     if v3:
@@ -268,7 +268,7 @@ def _is_external(number: str) -> bool:
 
 
 @cache
-def _participant_object(number: str, detailed: bool) -> bytes:
+def _participant_object(number: str, *, detailed: bool) -> bytes:
     """A participant as v2 spells it since October 2015; only external numbers have a location."""
     participant: dict[str, Any] = {
         "e164Number": number if _is_external(number) else "",
@@ -289,7 +289,7 @@ def _participant_object(number: str, detailed: bool) -> bytes:
 
 
 @cache
-def _participant_info(number: str, first_shape: bool) -> bytes:
+def _participant_info(number: str, *, first_shape: bool) -> bytes:
     """An entry of participantsInfo, in one of the two shapes that were seen."""
     if first_shape:
         return encode(
@@ -322,13 +322,15 @@ def _object_with_duplicates(pairs: list[tuple[str, Any]]) -> bytes:
     return b"{" + b",".join(encode(key) + b":" + encode(value) for key, value in pairs) + b"}"
 
 
-def _render_participants(leg: Leg, detailed: bool, first_shape: bool) -> bytes:
+def _render_participants(leg: Leg, *, detailed: bool, first_shape: bool) -> bytes:
     numbers = [number for number, _ in leg.participants]
     if leg.dialect is Dialect.V3:
         return b'"participants":' + encode([{"number": n, "role": r} for n, r in leg.participants])
     if leg.dialect is Dialect.V2:
-        return b'"participants":[' + b",".join(_participant_object(n, detailed) for n in numbers) + b"]"
-    infos = b",".join(_participant_info(n, first_shape) for n in numbers)
+        return (
+            b'"participants":[' + b",".join(_participant_object(n, detailed=detailed) for n in numbers) + b"]"
+        )
+    infos = b",".join(_participant_info(n, first_shape=first_shape) for n in numbers)
     return b'"participants":' + encode(numbers) + b',"participantsInfo":[' + infos + b"]"
 
 
@@ -340,10 +342,16 @@ def _render_user_data(leg: Leg) -> bytes:
     return b'"userData":' + _object_with_duplicates(leg.user_data)
 
 
-def _call_fields(leg: Leg, rng: Random, now_s: float, bare: bool) -> list[bytes]:
+def _call_fields(leg: Leg, rng: Random, now_s: float, *, bare: bool) -> list[bytes]:
     """The fields of the call resource, each `"key":value`, before their order is chosen."""
     v3 = leg.dialect is Dialect.V3
-    orders = _capability_orders(v3, leg.state, leg.recording, leg.swappable, len(leg.participants) > 1)
+    orders = _capability_orders(
+        v3=v3,
+        state=leg.state,
+        recording=leg.recording,
+        swappable=leg.swappable,
+        conference=len(leg.participants) > 1,
+    )
     duration = max(0, int(now_s - leg.started_s))
     fields = [
         b'"id":"%b"' % leg.id.encode(),
@@ -747,7 +755,7 @@ class ScriptedCall:
             if number not in leg.truth.parties:
                 leg.truth.parties.append(number)
         chance = self.rng.random()
-        leg.participants_json = _render_participants(leg, chance < 0.3, chance < 0.5)
+        leg.participants_json = _render_participants(leg, detailed=chance < 0.3, first_shape=chance < 0.5)
 
     def _set_user_data(self, leg: Leg, pairs: list[tuple[str, Any]]) -> None:
         leg.user_data = pairs
@@ -761,7 +769,7 @@ class ScriptedCall:
     def _say(self, leg: Leg, notification_type: str, extensions: dict[str, Any]) -> None:
         rng, quirks = self.rng, self.quirks
         bare = notification_type in _BARE_TYPES and rng.random() < quirks.bare
-        call = _object(_call_fields(leg, rng, self.now_s, bare), rng)
+        call = _object(_call_fields(leg, rng, self.now_s, bare=bare), rng)
         fields = [b'"notificationType":"%b"' % notification_type.encode(), b'"call":' + call]
         if self.dialect is Dialect.V3:
             fields.append(b'"messageType":"CallStateChanged"')

@@ -32,7 +32,7 @@ class SimulatorSettings:
     """The server's clock at the first message, in epoch seconds; None: the real one. Fixed, the bytes
     of two runs are equal too."""
     quirks: Quirks = field(default_factory=Quirks)
-    password: str = "simulated"
+    password: str = "simulated"  # noqa: S105 - made up, for loopback
     """The password of every account; logins are agent5000, agent5001, …"""
     dial_time_scale: float = 1.0
     """What the delays of calls dialled over REST are multiplied by: 0.01 makes them a hundred times
