@@ -243,6 +243,10 @@ class Metrics:
         """Count a transaction that did not commit; what it held is tried again."""
         self._commit_failures.inc()
 
+    def duplicates(self, count: int) -> None:
+        """Count messages that the server repeated and the session recognised, before any transaction."""
+        self._duplicates.inc(count)
+
     def handshake(self) -> None:
         """Count an answered handshake."""
         self._handshakes.inc()

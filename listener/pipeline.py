@@ -7,8 +7,6 @@ writers share the accounts among them; one account has one writer, so its messag
 Nothing is acknowledged before its transaction has committed. While the store does not answer, batches stay
 where they are and are tried again; the backlog is bounded in bytes, and when it is full `hear` does not
 return, so that the sessions stop asking for more (they keep themselves alive with the old acknowledgement).
-A batch that the store *refuses*, which must be the fault of something in it, is halved until the culprit is
-alone; that message is then stored raw, as unrecognised with the store's reason, and holds up nobody.
 
 This module reaches the world only through the protocols that it declares.
 """
@@ -21,7 +19,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from listener.core.calls import Entry, Heard, Recorded, Unrecognised
+from listener.core.calls import Entry, Heard, Recorded
 from listener.core.decode import decode
 from listener.errors import StoreUnavailable
 
@@ -40,7 +38,7 @@ class Journal(Protocol):
     """What the pipeline needs of the store; `listener.store.journal.Journal` has it."""
 
     async def record(self, entries: Sequence[Entry]) -> Recorded:
-        """Commits a batch, or raises `StoreUnavailable` (try again) or another error (its own fault)."""
+        """Commits a batch, or raises `StoreUnavailable`: then the same batch is handed in again."""
 
 
 class Observer(Protocol):
@@ -49,7 +47,7 @@ class Observer(Protocol):
     def recorded(self, recorded: Recorded, seconds: float) -> None:
         """A batch was committed, which took so long."""
 
-    def store_failed(self, error: Exception) -> None:
+    def store_failed(self, error: StoreUnavailable) -> None:
         """The store did not take a batch; it will be tried again."""
 
     def backlog(self, notifications: int, size_bytes: int) -> None:
@@ -65,7 +63,11 @@ class _Waiting(Struct):
 
 
 class Pipeline:
-    """Takes what the sessions hear to the journal. `run` it in a task; cancel it after `drain`."""
+    """Takes what the sessions hear to the journal. `run` it in a task; cancel it after `drain`.
+
+    `run` raises what `Journal.record` raises besides `StoreUnavailable`: that is a bug, and since nothing of
+    the batch was acknowledged, a restart loses nothing.
+    """
 
     def __init__(
         self,
@@ -148,27 +150,10 @@ class Pipeline:
                 self._observer.store_failed(error)
                 await self._pause(wait_s)
                 wait_s = min(wait_s * 2, RETRY_S_MAX)
-            except Exception as error:  # noqa: BLE001 - whatever the store refuses, the rest must go on
-                self._observer.store_failed(error)
-                await self._set_aside(entries, error)
-                return
             else:
                 self.available = True
                 self._observer.recorded(recorded, self._clock() - began)
                 return
-
-    async def _set_aside(self, entries: list[Entry], error: Exception) -> None:
-        """Finds what the store refuses by halving, and keeps it raw."""
-        if len(entries) > 1:
-            middle = len(entries) // 2
-            await self._commit(entries[:middle])
-            await self._commit(entries[middle:])
-            return
-        (entry,) = entries
-        if isinstance(entry.decoded, Unrecognised):
-            raise error  # not even the raw message can be stored: a bug, which must not be retried for ever
-        reason = f"the store refused it: {type(error).__name__}: {error}"[:300]
-        await self._commit([Entry(entry.heard, Unrecognised(reason.replace("\x00", "�")))])
 
     def _count(self, notifications: int, size_bytes: int) -> None:
         self.backlog_notifications += notifications

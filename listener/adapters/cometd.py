@@ -149,9 +149,11 @@ class Line(Extension):
         finally:
             # `Client.close` does nothing after a failed `open`, and would leave the transport running.
             if self._transport is not None:
-                if self.goodbye:
-                    await self._transport.disconnect()
-                await self._transport.close()
+                try:
+                    if self.goodbye:
+                        await self._transport.disconnect()
+                finally:
+                    await self._transport.close()
 
     async def outgoing(self, payload: list[dict[str, Any]], headers: dict[str, str]) -> None:
         """Part of aiocometd's `Extension`; the session has written everything already."""
@@ -270,6 +272,11 @@ class _Shell(Transport):
         line.seat(self)
 
     # What aiocometd reads
+
+    @property
+    def connection_type(self) -> ConnectionType:
+        """Defined by `register_transport` on each of the classes below; abstract until then."""
+        raise NotImplementedError
 
     @property
     def endpoint(self) -> str:
@@ -529,7 +536,8 @@ class WebSocket(_Shell):
         return self._frame
 
     async def _next_frame(self, socket: aiohttp.ClientWebSocketResponse) -> bytes:
-        message = await self._awaited(socket)
+        # Shielded: a cancelled exchange must not take the next frame, which may be the farewell's, with it.
+        message = await asyncio.shield(self._awaited(socket))
         self._frame = None
         if message.type is aiohttp.WSMsgType.TEXT:
             return str(message.data).encode()
