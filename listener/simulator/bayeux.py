@@ -73,7 +73,8 @@ class Ledger:
             self.messages.append(message)
 
     def abandon(self, messages: Iterable[Message]) -> None:
-        """Note messages that were in a session which ended, or in a reply that was lost for good."""
+        """Note messages that were in a session which ended, or in a reply that was lost for good. What is
+        noted here grows with what is lost: it is what `undelivered` is made of."""
         self._abandoned += messages
 
     @property
@@ -290,7 +291,8 @@ class Broker:
         session.expires_at = 0.0
         advice = message.get("advice")
         advice = advice if isinstance(advice, dict) else {}
-        timeout_ms = advice.get("timeout")
+        asked_ms = advice.get("timeout")
+        timeout_ms = asked_ms if isinstance(asked_ms, int | float) else None
         extension = message.get("ext")
         batch = extension.get("ack") if isinstance(extension, dict) else None
         if session.ack and isinstance(batch, int) and session.acknowledge(batch) and timeout_ms is None:

@@ -31,10 +31,17 @@ from listener.simulator.settings import SimulatorSettings
 TICK_MESSAGES_MAX: Final = 500
 """Messages that are made before the server gets its turn. A centre that cannot keep its rate falls behind
 and says so (`behind_s`); it never blocks its own server."""
-TICK_S: Final = 0.002
-"""The shortest sleep: timers are not finer than that."""
+SINGLE_RATE_MAX: Final = 500.0
+"""Notifications per second up to which each goes out in its own moment."""
+TICK_S: Final = 0.01
+"""Above that rate, what is due goes out every so often: a reply for each message would cost the machine
+more than the messages."""
 POLL_S: Final = 0.02
 """How often a waiting condition is looked at."""
+STOP_POLL_S: Final = 0.2
+"""How late a play may notice that it is to stop, at rates of a few messages a minute."""
+BURST_POLL_S: Final = 0.002
+"""The same while a burst is timed."""
 IDLE_SCRIPT_S: Final = (1.0, 15.0)
 """Between two calls of a line, in script time."""
 
@@ -169,6 +176,7 @@ class Simulator:
         self._sent = 0
         self._order = 0
         self._lines: list[tuple[float, int, _Line]] = []
+        self._resting: list[tuple[float, int, _Line]] = []
         for index, account in enumerate(self.accounts.values()):
             for line in range(settings.calls_per_account):
                 rng = Random(f"{settings.seed}:line:{index}:{line}")
@@ -222,7 +230,12 @@ class Simulator:
     async def finish(self) -> int:
         """Let every call come to its end, at the rate, and begin no other; gives how many notifications
         that took."""
-        return await self._run(None, None, beginning=False)
+        try:
+            return await self._run(None, None, beginning=False)
+        finally:
+            for entry in self._resting:
+                heapq.heappush(self._lines, entry)
+            self._resting.clear()
 
     async def _run(self, most: int | None, stop: asyncio.Event | None, *, beginning: bool) -> int:
         loop = asyncio.get_running_loop()
@@ -246,7 +259,8 @@ class Simulator:
             if due > TICK_MESSAGES_MAX:
                 await asyncio.sleep(0)
             else:
-                await asyncio.sleep(max(next_s - loop.time(), TICK_S if rate > 1 / TICK_S else 0.0))
+                pause_s = max(next_s - loop.time(), TICK_S if rate > SINGLE_RATE_MAX else 0.0)
+                await asyncio.sleep(min(pause_s, STOP_POLL_S))
         return count
 
     def _put(self, due_s: float, line: _Line) -> None:
@@ -257,13 +271,11 @@ class Simulator:
     def _act(self, now_s: float, *, beginning: bool) -> int | None:
         """Let the line that is due first do its next act; gives how many messages that said, or None
         when every call is over and none may begin."""
-        idle: list[tuple[float, int, _Line]] = []
-        said = None
-        while self._lines and said is None:
+        while self._lines:
             entry = heapq.heappop(self._lines)
             due_s, _, line = entry
             if line.call is None and not beginning:
-                idle.append(entry)
+                self._resting.append(entry)
                 continue
             if line.call is None:
                 names, weights = scripts.mix(line.account.dialect)
@@ -274,9 +286,8 @@ class Simulator:
                 line.call = None
                 delay_s = IDLE_SCRIPT_S[0] + (IDLE_SCRIPT_S[1] - IDLE_SCRIPT_S[0]) * line.rng.random()
             self._put(due_s + delay_s, line)
-        for entry in idle:
-            heapq.heappush(self._lines, entry)
-        return said
+            return said
+        return None
 
     # Bursts. ------------------------------------------------------------------------------------
 
@@ -323,7 +334,7 @@ class Simulator:
                 for message in messages[start : start + step]:
                     self.gws.broker.publish(login, message)
             await asyncio.sleep(0)
-        await self._until(self._empty, TICK_S)
+        await self._until(self._empty, BURST_POLL_S)
         return loop.time() - begun
 
     # Waiting and knowing. -------------------------------------------------------------------------

@@ -157,7 +157,9 @@ class GwsServer:
         try:
             await self._stop_listening()
         finally:
-            await self._tasks.__aexit__(kind, error, trace)
+            # An error of the caller's own stays what it is; only a failed task makes a group of it.
+            cancelled = isinstance(error, asyncio.CancelledError)
+            await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
 
     def spawn(self, work: Any) -> None:
         """Run a coroutine until it is done or the server stops."""

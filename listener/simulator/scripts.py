@@ -91,7 +91,7 @@ class CallTruth:
     parties: list[str] = field(default_factory=list)
     """Every number that was ever a participant, in order of appearance."""
     user_data: list[tuple[str, Any]] = field(default_factory=list)
-    """The pairs at the end, in order; a key that was attached twice is here twice."""
+    """The pairs at the end, in order; a key that was attached twice is here twice. See `merged_data`."""
     recording: str | None = None
     notifications: int = 0
     accepted: int = 0
@@ -101,9 +101,17 @@ class CallTruth:
         """True once nothing more will be said about this leg."""
         return bool(self.outcome)
 
+    @property
+    def merged_data(self) -> dict[str, Any]:
+        """`user_data` by key; the values of a key that is there more than once as a list, in order."""
+        merged: dict[str, list[Any]] = {}
+        for key, value in self.user_data:
+            merged.setdefault(key, []).append(value)
+        return {key: values[0] if len(values) == 1 else values for key, values in merged.items()}
+
     def as_json(self) -> dict[str, Any]:
-        """The same as a JSON object, with `finished`."""
-        return asdict(self) | {"finished": self.finished}
+        """The same as a JSON object, with `finished` and `merged_data`."""
+        return asdict(self) | {"finished": self.finished, "merged_data": self.merged_data}
 
 
 class Message:
