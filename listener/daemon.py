@@ -153,7 +153,7 @@ class Daemon:
         async with AsyncExitStack() as stack:
             operations = Operations(
                 metrics=self._metrics.handler(),
-                not_ready=self._not_ready,
+                not_ready=self.not_ready,
                 host=settings.operations.host,
                 port=settings.operations.port,
                 token=settings.operations.token.get_secret_value() if settings.operations.token else None,
@@ -358,8 +358,13 @@ class Daemon:
             else:
                 self._log.info("partitions made", partitions=made)
 
-    def _not_ready(self) -> list[str]:
-        """Why the daemon does not do all of its work now."""
+    @property
+    def accounts(self) -> int:
+        """How many accounts are listened to."""
+        return len(self._accounts)
+
+    def not_ready(self) -> list[str]:
+        """Why the daemon does not do all of its work now; empty when it does."""
         if self._starting:
             return [self._starting]
         reasons = []

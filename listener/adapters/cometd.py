@@ -138,12 +138,8 @@ class Line(Extension):
 
     async def run(self) -> None:
         """Connects, subscribes and hears until cancelled; never raises for what a server does."""
-        types = [ConnectionType(name) for name in self.endpoint.connection_types]
-        client = Client(self.endpoint.url, types, extensions=[self], auth=_Headers(self.credentials))
         try:
-            await client.open()
-            # At once, so that one request carries all of them.
-            await asyncio.gather(*(client.subscribe(channel) for channel in self.endpoint.channels))
+            await self._open()
             if self._transport is not None:
                 await self._transport.ended()
         finally:
@@ -154,6 +150,15 @@ class Line(Extension):
                         await self._transport.disconnect()
                 finally:
                     await self._transport.close()
+
+    async def _open(self) -> None:
+        """Negotiates and subscribes. The `Client` has done its work then and is let go: its queue, which we
+        do not use, would be a tenth of what an idle session costs."""
+        types = [ConnectionType(name) for name in self.endpoint.connection_types]
+        client = Client(self.endpoint.url, types, extensions=[self], auth=_Headers(self.credentials))
+        await client.open()
+        # At once, so that one request carries all of them.
+        await asyncio.gather(*(client.subscribe(channel) for channel in self.endpoint.channels))
 
     async def outgoing(self, payload: list[dict[str, Any]], headers: dict[str, str]) -> None:
         """Part of aiocometd's `Extension`; the session has written everything already."""

@@ -20,7 +20,6 @@ needs no network (numbers refer to the Bayeux specification 1.0 and the CometD r
   tried again slowly, and counts as a gap until every channel is subscribed again.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Any
@@ -56,7 +55,8 @@ class Limits(Struct, frozen=True):
     retry_s: float = 0.2
     retry_dense_s_max: float = 2.0
     """Cap of the wait between retries during `dense_s`."""
-    dense_s: float = 10.0
+    dense_s: float = 15.0
+    """Somewhat longer than maxInterval (10 s by default): a short outage must not cost a long wait."""
     retry_s_max: float = 30.0
     lasting_s: float = 1.0
     """A session that has lived this long when a connect succeeds has recovered: waits start small again."""
@@ -235,6 +235,47 @@ class Session:
     from 0 to 1. Never raises for anything that a server sends.
     """
 
+    __slots__ = (  # thousands of sessions live in one process, and a dict costs more than all their values
+        "_acknowledged",
+        "_acknowledged_position",
+        "_advice_timeout_s",
+        "_batches",
+        "_channels",
+        "_committed",
+        "_connecting",
+        "_cursor",
+        "_failing_since",
+        "_failures",
+        "_first_connect",
+        "_gap",
+        "_gap_since",
+        "_goodbye",
+        "_handshaken_at",
+        "_interval_s",
+        "_jitter",
+        "_last_contact",
+        "_login_due",
+        "_login_refusals",
+        "_malformed",
+        "_message_id",
+        "_not_before",
+        "_offered",
+        "_polling_old",
+        "_refusals",
+        "_resubscribe_at",
+        "_stopped",
+        "_subscribed",
+        "_unanswered",
+        "_vouched",
+        "ack",
+        "client_id",
+        "connection_type",
+        "limits",
+        "observing",
+        "position",
+        "server_connection_types",
+    )
+
     def __init__(self, *, now: float, jitter: Callable[[], float], limits: Limits = DEFAULT_LIMITS) -> None:
         self.limits = limits
         self.connection_type = LONG_POLLING
@@ -261,7 +302,7 @@ class Session:
         self._first_connect = True
         self._connecting = False
         self._polling_old = False
-        self._batches: deque[tuple[Any, int]] = deque()
+        self._batches: list[tuple[Any, int]] = []
         self._acknowledged: Any = None
         self._acknowledged_position = 0
         self._committed = 0
@@ -388,7 +429,7 @@ class Session:
     def _connect(self, now: float, resubscribe_at: list[float]) -> Action:
         message: dict[str, Any] = {"clientId": self.client_id, "connectionType": self.connection_type}
         while self._batches and self._batches[0][1] <= self._committed:
-            self._acknowledged, self._acknowledged_position = self._batches.popleft()
+            self._acknowledged, self._acknowledged_position = self._batches.pop(0)
         waiting = bool(self._batches)  # something was delivered and is not durable yet
         # Before the first subscription there is nothing to hear, and a long poll would hold it up.
         idle = not self._first_connect and not self._channels
@@ -650,7 +691,9 @@ class Session:
         dense = now - self._failing_since < self.limits.dense_s
         cap = self.limits.retry_dense_s_max if dense else self.limits.retry_s_max
         wait = min(cap, self.limits.retry_s * 2.0 ** min(self._failures, 20))
-        self._failures += 1
+        # Waits grow on from the dense cap when the dense time is over; they do not leap.
+        if not dense or wait < cap:
+            self._failures += 1
         self._not_before = now + max(wait * (0.5 + 0.5 * self._jitter()), self._interval_s)
 
 
