@@ -181,7 +181,9 @@ class Limits(_Section):
 class Log(_Section):
     """What is written to standard error."""
 
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is written")
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description='the least that is written: "debug", "info", "warning" or "error"'
+    )
     format: Literal["json", "text"] = Field("json", description='"json" for machines, "text" for a terminal')
 
 

@@ -1,0 +1,202 @@
+"""House rules that no linter knows. Each says what to do when it is red.
+
+Docstrings, banned names and imports are ruff's (`pyproject.toml`); import directions are import-linter's.
+"""
+
+import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from listener import settings
+from listener.core.normalise import diagram
+from listener.metrics import Metrics
+from listener.settings import load
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLE = ROOT / settings.EXAMPLE
+
+TESTED_ELSEWHERE = {
+    "errors": "a tree of names without behaviour",
+    "demo": "tests/test_demo.py plays it whole, and needs no part of its own",
+}
+"""Modules without a test file of their name, and why."""
+
+FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "base", "misc", "tools"}
+
+
+def _python(*folders: str) -> Iterator[Path]:
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if "node_modules" not in path.parts:
+                yield path.relative_to(ROOT)
+
+
+def test_every_module_has_its_test() -> None:
+    """The tests mirror the package: add the file, or say in TESTED_ELSEWHERE why there is none."""
+    lacking = []
+    for path in _python("listener"):
+        module = path.relative_to("listener").with_suffix("")
+        if module.name.startswith("__") or str(module) in TESTED_ELSEWHERE:
+            continue
+        test = Path("tests") / module.parent / f"test_{module.name}.py"
+        if not (ROOT / test).is_file():
+            lacking.append(f"{path} has no {test}")
+    assert lacking == []
+
+
+def test_every_test_file_has_its_module() -> None:
+    """A test file whose module is gone tests nothing that its name says."""
+    for folder in ("core", "store", "adapters"):
+        for path in sorted((ROOT / "tests" / folder).glob("test_*.py")):
+            module = ROOT / "listener" / folder / f"{path.stem.removeprefix('test_')}.py"
+            assert module.is_file(), f"{path.relative_to(ROOT)} names no module"
+
+
+def test_names_say_what_belongs_there() -> None:
+    """A module called utils says that nobody decided what belongs there: name what it does."""
+    bad = [
+        str(path)
+        for path in _python("listener", "tests", "benchmarks", "migrations")
+        if {*path.parts[:-1], path.stem} & FORBIDDEN_NAMES
+    ]
+    assert bad == []
+
+
+def test_no_test_sleeps() -> None:
+    """A test waits for a condition, with a bound, by what `tests/support` and the fixtures have for it."""
+    sleeping = [
+        f"{path}:{number}"
+        for path in _python("tests")
+        if path.name.startswith("test_") and path.name != "test_house.py"
+        for number, line in enumerate((ROOT / path).read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(r"\b(asyncio|time)\.sleep\((?!0\))|from (asyncio|time) import .*\bsleep\b", line)
+    ]
+    assert sleeping == []
+
+
+@pytest.mark.parametrize(
+    ("mark", "reason", "folders"),
+    [
+        (r"# noqa: (\w+)", r" +[-:–] \w", ("listener", "tests", "benchmarks", "migrations")),
+        (r"# type: ignore\[([\w-]+)\]", r" +# \w", ("listener",)),
+    ],
+)
+def test_exceptions_give_their_reason(mark: str, reason: str, folders: tuple[str, ...]) -> None:
+    """An exception to a rule says why, at least the first time that a file takes it."""
+    silent = []
+    for path in _python(*folders):
+        if path.name == "test_house.py":
+            continue
+        given: dict[str, bool] = defaultdict(bool)
+        for line in (ROOT / path).read_text(encoding="utf-8").splitlines():
+            if found := re.search(mark + r"((?:, \w+)*)", line):
+                for code in (found[1], *filter(None, found[2].split(", "))):
+                    given[code] |= re.search(re.escape(found[0]) + reason, line) is not None
+        silent += [f"{path}: {code}" for code, has_reason in given.items() if not has_reason]
+    assert silent == []
+
+
+def test_switched_off_rules_give_their_reason() -> None:
+    """Each rule that `pyproject.toml` switches off stands on a line that says why."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lint = text[text.index("[tool.ruff.lint]") : text.index("[tool.ruff.lint.flake8-tidy-imports")]
+    silent = [line for line in lint.splitlines() if re.match(r'\s+"[A-Z]+\d*",', line) and "#" not in line]
+    assert silent == []
+
+
+# ── What documents say ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_readme_shows_the_table_of_states() -> None:
+    """The diagram is generated: paste what `listener.core.normalise.diagram()` gives between the marks."""
+    shown = README.partition("<!-- diagram -->\n```mermaid\n")[2].partition("\n```\n<!-- /diagram -->")[0]
+    assert shown == diagram()
+
+
+def test_the_readme_lists_the_metrics() -> None:
+    """Each metric stands in the README with its labels and help, and no other does."""
+    rows = re.findall(r"^\| `(listener_\w+)` \| (.*?) \| (.*?) \|$", README, flags=re.MULTILINE)
+    assert rows == [
+        (metric.name, ", ".join(f"`{label}`" for label in metric.labels) or "–", metric.help)
+        for metric in Metrics().catalogue()
+    ]
+
+
+def test_the_readme_gives_the_command_of_ci() -> None:
+    """What the README calls the test is what CI runs."""
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    (command,) = [line for line in ci if line.startswith("make ")]
+    assert re.search(rf"^    {command} +# .*what CI runs$", README, flags=re.MULTILINE)
+
+
+def test_the_readme_and_the_help_give_the_exit_codes() -> None:
+    """The table of the README and the end of `listener --help` say the same."""
+    from listener import cli
+
+    shown = dict(re.findall(r"^\| (\d+) \| (.*?) \|$", README, flags=re.MULTILINE))
+    helped = dict(re.findall(r"^  (\d+) +(.*)$", cli.EPILOG.partition("exit codes:")[2], flags=re.MULTILINE))
+    assert {code: words.replace("`", "") for code, words in shown.items()} == helped
+    codes = {cli.OK, cli.NEGATIVE, cli.USAGE, cli.STORE, cli.REMOTE, cli.INTERNAL, cli.INTERRUPTED}
+    assert {int(code) for code in shown} == codes
+
+
+_TABLES: dict[str, type[BaseModel]] = {
+    "[store]": settings.Store,
+    "[environments.production]": settings.Environment,
+    "[[accounts]]": settings.Account,
+    "[operations]": settings.Operations,
+    "[limits]": settings.Limits,
+    "[log]": settings.Log,
+}
+
+
+def _example() -> dict[str, dict[str, tuple[Any, bool]]]:
+    """Each setting of the example by its table, with its value and whether it is commented out."""
+    found: dict[str, dict[str, tuple[Any, bool]]] = defaultdict(dict)
+    table = ""
+    for line in EXAMPLE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            table = line
+        elif match := re.match(r"(# )?([a-z_]+ = .+)", line):
+            ((name, value),) = tomllib.loads(match[2]).items()
+            found[table][name] = (value, match[1] is not None)
+    return found
+
+
+def test_the_example_has_every_setting() -> None:
+    """Each setting stands in the example file, with its default where it is commented out and has one."""
+    example = _example()
+    assert set(example[""]) == {"accounts_file"}
+    for table, model in _TABLES.items():
+        assert set(example[table]) == set(model.model_fields), table
+        for name, (shown, commented) in example[table].items():
+            default = model.model_fields[name].get_default(call_default_factory=True)
+            if commented and default not in (None, "", {}):
+                told = list(default) if isinstance(default, tuple) else default
+                assert shown == (str(told) if isinstance(told, Path) else told), f"{table} {name}"
+
+
+def test_the_example_is_accepted() -> None:
+    """The example can be copied and run as it is, once its password is there."""
+    loaded = load(EXAMPLE, environ={"AGENT5001_PASSWORD": "x"})
+    assert [account.login for account in loaded.accounts] == ["agent5001"]
+
+
+def test_the_readme_names_the_columns_of_an_accounts_file() -> None:
+    """Each column that an accounts file may have stands in the README."""
+    sentence = README.partition("Its columns are those of `[[accounts]]`: ")[2].partition(". ")[0]
+    assert set(re.findall(r"`(\w+)`", sentence)) == set(settings.Account.model_fields)
+
+
+def test_documents_link_to_files_that_exist() -> None:
+    """A relative link leads somewhere."""
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "grafana" / "README.md"):
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
