@@ -182,6 +182,7 @@ class Simulator:
                 rng = Random(f"{settings.seed}:line:{index}:{line}")
                 self._put(rng.random() * IDLE_SCRIPT_S[1], _Line(account, rng))
         self._bursts = 0
+        self.gws.control("GET", "/simulator/stats", self._get_stats)
         self.gws.control("GET", "/simulator/truth", self._get_truth)
         self.gws.control("POST", "/simulator/play", self._post_play)
         self.gws.control("POST", "/simulator/finish", self._post_finish)
@@ -244,7 +245,7 @@ class Simulator:
         rate = self.settings.rate
         begun = loop.time()
         count = 0
-        while (most is None or count < most) and not (stop is not None and stop.is_set()):
+        while not (stop is not None and stop.is_set()):
             due = int((loop.time() - begun) * rate) + 1 - count
             made = 0
             while made < min(due, TICK_MESSAGES_MAX) and (most is None or count + made < most):
@@ -256,6 +257,8 @@ class Simulator:
             count += made
             next_s = begun + count / rate
             self.behind_s = max(0.0, loop.time() - next_s)
+            if most is not None and count >= most:
+                break
             if due > TICK_MESSAGES_MAX:
                 await asyncio.sleep(0)
             else:
@@ -387,6 +390,9 @@ class Simulator:
         return self.gws.stats() | {"behind_s": round(self.behind_s, 3), "listening": self.listening()}
 
     # The control API: what `listener simulate` is driven by from another process. -----------------
+
+    async def _get_stats(self, _request: web.Request) -> web.StreamResponse:
+        return json_response(self.stats())
 
     async def _get_truth(self, request: web.Request) -> web.StreamResponse:
         return json_response(self.truth().as_json(messages="messages" in request.query))

@@ -184,7 +184,6 @@ class GwsServer:
         app.router.add_get("/api/v2/me/calls", self._get_calls)
         app.router.add_post("/api/v2/me/devices/{device}/calls", self._post_call)
         app.router.add_post("/simulator/faults", self._local(self._post_faults))
-        app.router.add_get("/simulator/stats", self._local(self._get_stats))
         for method, path, handler in self._control:
             app.router.add_route(method, path, self._local(handler))
         self._transports.closing = asyncio.Event()
@@ -542,9 +541,6 @@ class GwsServer:
             case other:
                 raise SettingsError(f"simulator: no such fault: {other}")
         return json_response({"ok": True})
-
-    async def _get_stats(self, _request: web.Request) -> web.StreamResponse:
-        return json_response(self.stats())
 
     def stats(self) -> dict[str, Any]:
         """Counters of the server, as a JSON object."""

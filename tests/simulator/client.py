@@ -10,8 +10,13 @@ import aiohttp
 Json = dict[str, Any]
 
 
+def basic(login: str, password: str = "simulated") -> dict[str, str]:
+    """The header of a Basic login."""
+    return {"Authorization": aiohttp.encode_basic_auth(login, password)}
+
+
 class BayeuxClient:
-    """One client with its own cookies. `headers` go with every request; `login` gives Basic."""
+    """One client with its own cookies; with a `login`, Basic goes with every request."""
 
     def __init__(self, url: str, login: str | None = None, password: str = "simulated") -> None:
         self.url = url
@@ -19,9 +24,10 @@ class BayeuxClient:
         self.ack = -1
         self.data: list[Json] = []
         """Every data message that arrived, in order, also those that came again."""
-        auth = aiohttp.BasicAuth(login, password) if login else None
         self.http = aiohttp.ClientSession(
-            cookie_jar=aiohttp.CookieJar(unsafe=True), auth=auth, timeout=aiohttp.ClientTimeout(total=20)
+            cookie_jar=aiohttp.CookieJar(unsafe=True),
+            headers=basic(login, password) if login else None,
+            timeout=aiohttp.ClientTimeout(total=60),
         )
         self._ids = 0
 
