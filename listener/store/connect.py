@@ -3,20 +3,27 @@
 A DSN is a libpq URL (or empty, then the PG* environment variables say where), and asyncpg alone reads it,
 also for SQLAlchemy: so the write side and the read side cannot disagree about what a DSN means.
 
+The write side talks to PostgreSQL in its own form of moments and JSON (`speak_plainly`).
+
 `classified` is the one place that knows PostgreSQL's error codes. What may succeed later becomes
 StoreUnavailable; a missing table becomes SchemaOutdated; what no retry mends becomes StoreError.
 """
 
 import ssl
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from listener.errors import SchemaOutdated, StoreError, StoreUnavailable
+
+Connection = asyncpg.Connection | PoolConnectionProxy
+"""A connection of our own, or one that a pool lent."""
 
 CONNECT_S_MAX = 10
 """A database that does not accept a connection within this is unavailable."""
@@ -47,6 +54,30 @@ def engine(dsn: str, *, settings: Mapping[str, str] | None = None, pooled: bool 
 
     pool: dict[str, Any] = {"pool_pre_ping": True} if pooled else {"poolclass": NullPool}
     return create_async_engine("postgresql+asyncpg://", async_creator=connect, **pool)
+
+
+async def speak_plainly(connection: asyncpg.Connection) -> None:
+    """On this connection a `timestamptz` is an int (`microseconds`) and a `json` is bytes, both ways.
+
+    That is how PostgreSQL sends them; asyncpg's own conversion of a datetime takes ten times as long as that
+    of any other value (measured: 0.7 us against 0.05), and was a tenth of all that a message cost.
+    """
+    await connection.set_builtin_type_codec("timestamptz", schema="pg_catalog", codec_name="int8")
+    await connection.set_builtin_type_codec("json", schema="pg_catalog", codec_name="bytea")
+
+
+_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+def microseconds(at: datetime) -> int:
+    """Microseconds since the beginning of the year 2000, UTC: PostgreSQL's own form of a moment."""
+    return (at - _EPOCH) // _MICROSECOND
+
+
+def moment(value: int) -> datetime:
+    """The moment that `microseconds` came from, in UTC."""
+    return _EPOCH + timedelta(microseconds=value)
 
 
 def classified(error: BaseException) -> StoreError | None:

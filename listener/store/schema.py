@@ -26,14 +26,13 @@ from sqlalchemy import (
     MetaData,
     PrimaryKeyConstraint,
     Sequence,
-    SmallInteger,
     Table,
     Text,
     Uuid,
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSON, JSONB, ExcludeConstraint
+from sqlalchemy.dialects.postgresql import ARRAY, JSON, ExcludeConstraint
 
 metadata = MetaData(
     naming_convention={
@@ -154,8 +153,10 @@ call = Table(
     _words("settled", nullable=True),
     Column("capabilities", ARRAY(Text), nullable=False),
     Column("aliases", ARRAY(Text), nullable=False),
-    Column("participants", JSONB, nullable=False),
-    Column("user_data", JSONB, nullable=False),
+    # json and not jsonb: it gives back exactly what was put in (order of keys, spelling of numbers), so that
+    # a call read back compares equal to the one written; and it costs no tree.
+    Column("participants", JSON, nullable=False),
+    Column("user_data", JSON, nullable=False),
     # The newest calls, of all accounts and of one.
     Index("ix_call_opened_at_id", "opened_at", "id"),
     Index("ix_call_account_id_opened_at_id", "account_id", "opened_at", "id"),
@@ -187,7 +188,7 @@ participant = Table(
     "participant",
     metadata,
     Column("call_id", BigInteger, nullable=False),
-    Column("ordinal", SmallInteger, nullable=False),
+    Column("ordinal", Integer, nullable=False),
     _words("number"),
     _words("e164"),
     _words("formatted"),
@@ -211,12 +212,10 @@ change = Table(
     metadata,
     Column("call_id", BigInteger, nullable=False),
     Column("notification_id", BigInteger, nullable=False),
-    Column("ordinal", SmallInteger, nullable=False),
+    Column("ordinal", Integer, nullable=False),
     _moment("at"),
-    _moment("server_at", nullable=True),
     _words("field"),
     _words("key"),
-    # json and not jsonb: never searched, so that parsing them into a tree would be for nothing.
     Column("before", JSON(none_as_null=True)),
     Column("after", JSON(none_as_null=True)),
     PrimaryKeyConstraint("call_id", "notification_id", "ordinal"),
@@ -229,7 +228,7 @@ anomaly = Table(
     "anomaly",
     metadata,
     Column("notification_id", BigInteger, nullable=False),
-    Column("ordinal", SmallInteger, nullable=False),
+    Column("ordinal", Integer, nullable=False),
     Column("call_id", BigInteger),
     _moment("at"),
     _words("kind"),
@@ -257,8 +256,12 @@ coverage = Table(
     CheckConstraint("until >= since", name="forwards"),
     # Two answers for one moment would be none. Ranges of integers need no extension, as `=` in GiST would.
     ExcludeConstraint(*_COVERED, name="ex_coverage_no_overlap", using="gist"),
+    # The last row of an account, and its rows in a stretch of time.
+    Index("ix_coverage_account_id_since", "account_id", "since"),
     # What is true now: one row an account.
     Index("uq_coverage_open", "account_id", unique=True, postgresql_where=text("until IS NULL")),
+    # The heartbeat rewrites every open row.
+    postgresql_with={"fillfactor": 50},
     comment="Whether an account was observed (cause empty), or why not; `until` NULL is now.",
 )
 

@@ -1,0 +1,259 @@
+"""The write side: raw messages, the calls that follow from them, and coverage.
+
+`record` is one transaction for any number of messages, and it is where three promises are kept. *Effect
+once*: a stream's row says up to which position it is committed; what is not beyond that has been here before
+and is left out, in the same transaction that moves the mark. *Raw first*: each message is stored with its
+exact bytes, whatever the decoder made of it. *Never refuse what was observed*: should PostgreSQL refuse a
+value, the one message that carries it is found and stored raw, as unrecognised, and the rest as ever.
+
+The journal keeps no truth of its own between two batches. It locks the rows of the batch's accounts, always
+in the order of their ids, reads what the batch may touch, folds the messages in memory, and writes everything
+back (`listener.store.batch`). So any number of recorders may run, also on the same accounts; none waits for
+another in a circle, and the ids of one account's notifications rise in the order of commit.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Self
+
+import asyncpg
+from msgspec import Struct
+
+from listener.core.calls import Call, Cover, Entry, Recorded
+from listener.errors import SchemaOutdated, StoreError
+from listener.store import batch, ledger, migrate
+from listener.store.batch import Recollection, RefusedValue
+from listener.store.connect import CONNECT_S_MAX, Connection, classified, microseconds, speak_plainly
+from listener.store.ledger import Ledger
+
+WRITER = "listener_writer"
+"""The role that every connection of the journal takes on: it may add to the journal, not change it."""
+
+TRANSACTION_S_MAX = 60
+"""What is not committed by then is given up as "unavailable"; the caller hands it in again."""
+
+MONTHS_AHEAD = 3
+"""Partitions that exist before they are needed: a daemon may run that long without anybody making more."""
+
+
+class AccountRow(Struct, frozen=True):
+    """An account as the settings name it."""
+
+    name: str
+    tenant: str
+    environment: str
+
+
+class Journal:
+    """The write side of one database. Made by `open`; ends with `close`, or as a context manager."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+        self._kept = Recollection()
+
+    @classmethod
+    async def open(cls, dsn: str, *, connections: int = 2) -> Self:
+        """Connect, see that the schema is ours, and make the next months' partitions.
+
+        `connections` is how many batches may be written at the same time; more wait for one. Raises
+        StoreUnavailable when the database does not answer, SchemaOutdated when it needs
+        `listener db upgrade`, StoreError when the login may not write.
+        """
+        pool = asyncpg.create_pool(
+            dsn or None,
+            min_size=connections,
+            max_size=connections,
+            timeout=CONNECT_S_MAX,
+            init=speak_plainly,
+            reset=_nothing_to_reset,
+            max_inactive_connection_lifetime=0,
+            server_settings={
+                "role": WRITER,
+                "application_name": "listener journal",
+                "timezone": "UTC",
+                # Arrays of any length look alike to the planner then: always by index, and planned once.
+                "plan_cache_mode": "force_generic_plan",
+                "jit": "off",
+            },
+        )
+        journal = cls(pool)
+        try:
+            await journal._begin()
+        except BaseException:
+            pool.terminate()
+            raise
+        return journal
+
+    async def _begin(self) -> None:
+        try:
+            await self._pool
+        except asyncpg.InvalidParameterValueError as error:
+            raise SchemaOutdated(
+                f"The database was never prepared for the listener ({error}): run `listener db upgrade`."
+            ) from error
+        except Exception as error:
+            raise classified(error) or error from error
+        async with self._connection() as connection:
+            revision = None
+            if await connection.fetchval("SELECT to_regclass('alembic_version') IS NOT NULL"):
+                revision = await connection.fetchval("SELECT version_num FROM alembic_version")
+            migrate.refuse_other(revision)
+        await self.ensure_partitions()
+
+    async def close(self) -> None:
+        """Wait for the batches under way, and disconnect."""
+        await self._pool.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # ── accounts ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def register(self, accounts: Sequence[AccountRow]) -> dict[str, int]:
+        """Have a row for each account, with this tenant and environment; gives the id of each by its name.
+
+        One that was retired is back. Registering twice is registering once.
+        """
+        rows = {account.name: account for account in accounts}
+        async with self._transaction() as connection:
+            await connection.execute(
+                _REGISTER,
+                list(rows),
+                [account.tenant for account in rows.values()],
+                [account.environment for account in rows.values()],
+            )
+            found = await connection.fetch("SELECT name, id FROM account WHERE name = ANY($1)", list(rows))
+        return {row["name"]: row["id"] for row in found}
+
+    async def retire(self, accounts: Iterable[int], at: datetime) -> None:
+        """The accounts are not listened to any more; what was heard stays. Their coverage ends at `at`."""
+        ids, moment = sorted(set(accounts)), microseconds(at)
+        async with self._transaction() as connection:
+            await _lock(connection, ids)
+            await connection.execute("UPDATE account SET removed_at = $2 WHERE id = ANY($1)", ids, moment)
+            await connection.execute(ledger.END, ids, moment)
+
+    # ── messages ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def record(self, entries: Sequence[Entry]) -> Recorded:
+        """Commit the entries and all that follows from them, in one transaction; answers what was new.
+
+        The entries of one stream must come in the order of their positions, here and from call to call.
+        When it raises, nothing of them is stored, or (after a lost connection) all of it: hand the same
+        entries in again. Raises StoreUnavailable when that may succeed, StoreError when it cannot.
+        """
+        if not entries:
+            return Recorded((), (), 0)
+        accounts = sorted({entry.heard.account for entry in entries})
+        try:
+            async with self._transaction() as connection:
+                await _lock(connection, accounts)
+                written = await batch.write(connection, entries, self._kept)
+        except RefusedValue:
+            async with self._transaction() as connection:
+                await _lock(connection, accounts)
+                return await batch.write_around(connection, entries)
+        self._kept.keep(written.calls, written.transaction)
+        return written.recorded
+
+    async def open_calls(self, accounts: Iterable[int]) -> list[Call]:
+        """The calls that had not ended when they were last heard of."""
+        async with self._connection() as connection:
+            return await batch.open_calls(connection, accounts)
+
+    async def ensure_partitions(self) -> list[str]:
+        """Make the next months' partitions that are missing, and give their names. Once a day is enough."""
+        async with self._connection() as connection:
+            rows = await connection.fetch("SELECT listener_ensure_partitions($1)", MONTHS_AHEAD)
+        return [row[0] for row in rows]
+
+    # ── coverage ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def cover(self, covers: Sequence[Cover]) -> None:
+        """From each moment on, that account is observed, or is not and why; in order, for each account.
+
+        What says nothing new changes nothing. A moment before the present row began counts as its beginning:
+        coverage is told forwards, and what it said about the past stays said.
+        """
+        accounts = sorted({cover.account for cover in covers})
+        async with self._transaction() as connection:
+            await _lock(connection, accounts)
+            end = await Ledger.read(connection, accounts)
+            for cover in covers:
+                end.turn(cover.account, microseconds(cover.at), cover.cause)
+            await end.write(connection)
+
+    async def heartbeat(self, accounts: Iterable[int], at: datetime) -> None:
+        """Those of the accounts that are observed were so at `at`: what a crash afterwards leaves known."""
+        async with self._transaction() as connection:
+            await connection.execute(ledger.HEARTBEAT, list(accounts), microseconds(at))
+
+    async def resume_coverage(self, accounts: Iterable[int], at: datetime) -> None:
+        """At a start: nothing is observed yet. Where a crash left an account "observed", that ended when it
+        was last known to be (its heartbeat, or a notification committed after it), and a gap began."""
+        ids = sorted(set(accounts))
+        async with self._transaction() as connection:
+            await _lock(connection, ids)
+            end = await Ledger.read(connection, ids)
+            heard_at = {row[0]: row[1] for row in await connection.fetch(ledger.LAST_HEARD, ids)}
+            for account in ids:
+                end.resume(account, microseconds(at), heard_at.get(account))
+            await end.write(connection)
+
+    # ── connections ───────────────────────────────────────────────────────────────────────────────────
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        """A connection of the pool. What fails on it comes out as one of our errors, and it is closed."""
+        try:
+            async with asyncio.timeout(TRANSACTION_S_MAX), self._pool.acquire() as connection:
+                try:
+                    yield connection
+                except RefusedValue:
+                    raise
+                except BaseException:
+                    # Its state is unknown, and finding out might take for ever. The server rolls back.
+                    connection.terminate()
+                    raise
+        except RefusedValue:
+            raise
+        except Exception as error:
+            raise classified(error) or error from error
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[Connection]:
+        async with self._connection() as connection:
+            await connection.execute("BEGIN")
+            try:
+                yield connection
+            except RefusedValue:
+                await connection.execute("ROLLBACK")
+                raise
+            await connection.execute("COMMIT")
+
+
+async def _nothing_to_reset(connection: Connection) -> None:
+    """Between two uses nothing is left behind, as a connection on which anything failed is closed; the pool's
+    own reset would cost a round trip for each batch."""
+
+
+async def _lock(connection: Connection, accounts: list[int]) -> None:
+    """Hold the accounts' rows until the transaction ends; in order, so that no two wait in a circle."""
+    if await connection.fetchval(_LOCK, accounts) != len(accounts):
+        raise StoreError("An account is not in the database: register the accounts first.")
+
+
+_LOCK = "SELECT count(*) FROM (SELECT FROM account WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE) AS held"
+
+_REGISTER = """
+    INSERT INTO account AS a (name, tenant, environment)
+    SELECT * FROM unnest($1::text[], $2::text[], $3::text[]) AS n (name, tenant, environment) ORDER BY name
+    ON CONFLICT (name) DO UPDATE
+        SET tenant = excluded.tenant, environment = excluded.environment, removed_at = NULL
+        WHERE (a.tenant, a.environment) <> (excluded.tenant, excluded.environment)
+            OR a.removed_at IS NOT NULL"""
