@@ -1,0 +1,115 @@
+"""A journal in memory, for questions of scheduling alone: who waits for whom, and what goes into one batch.
+
+It is a product with the contract of `listener.store.journal.Journal` as far as the pipeline and the ledger
+know it, and `tests/test_pipeline.py` holds it to the same exam as the real one. What it adds is a hand on the
+commit: a test may hold transactions open, or take the store away, for some accounts or for all.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+
+from listener.core.calls import Cover, Entry, Heard, Recorded
+from listener.errors import StoreUnavailable
+
+CHANNEL = "/v2/me/calls"
+HEARD_AT = datetime(2026, 3, 2, 8, 0, tzinfo=UTC)
+WAIT_s = 10.0
+"""How long a test waits for what must happen."""
+POLL_s = 0.001
+
+
+async def until(condition: Callable[[], bool], within_s: float = WAIT_s) -> None:
+    """Waits until the condition holds; TimeoutError when it does not in time."""
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
+            await asyncio.sleep(POLL_s)
+
+
+def message(call: str, state: str = "Ringing", padding: int = 0) -> bytes:
+    """A notification about a call, of v2."""
+    return (
+        b'{"channel":"%b","data":{"messageType":"CallStateChangeMessage","notificationType":"StatusChange",'
+        b'"call":{"id":"%b","state":"%b","dnis":"5000"},"padding":"%b"}}'
+        % (CHANNEL.encode(), call.encode(), state.encode(), b"x" * padding)
+    )
+
+
+class Said:
+    """What one account's server says, delivery by delivery: messages with their places."""
+
+    def __init__(self, account: int, stream: str, *, padding: int = 0, at: datetime = HEARD_AT) -> None:
+        self.account = account
+        self.stream = stream
+        self.position = 0
+        self.at = at
+        self._padding = padding
+
+    def next(self, count: int = 1) -> list[Heard]:
+        """The next so many messages."""
+        heard = []
+        for _ in range(count):
+            self.position += 1
+            raw = message(f"{self.account}-{self.position}", padding=self._padding)
+            heard.append(Heard(self.account, self.stream, self.position, self.at, CHANNEL, raw))
+        return heard
+
+
+class MemoryJournal:
+    """Stores entries and coverage in lists; each entry of a stream once, by its position."""
+
+    def __init__(self) -> None:
+        self.available = True
+        self.attempts = 0
+        """Calls of `record`."""
+        self.batches: list[list[Entry]] = []
+        """What was committed, transaction by transaction."""
+        self.covers: list[Cover] = []
+        self.beats: list[tuple[frozenset[int], datetime]] = []
+        self._positions: dict[str, int] = {}
+        self._held: set[int] = set()
+        self._released = asyncio.Event()
+
+    def stored(self, account: int) -> list[Heard]:
+        """What is stored of an account, in order."""
+        return [entry.heard for batch in self.batches for entry in batch if entry.heard.account == account]
+
+    def hold(self, *accounts: int) -> None:
+        """Lets transactions with these accounts wait before their commit, until `release`."""
+        self._held.update(accounts)
+
+    def release(self) -> None:
+        """Lets them commit."""
+        self._held.clear()
+        self._released.set()
+        self._released = asyncio.Event()
+
+    async def record(self, entries: Sequence[Entry]) -> Recorded:
+        """Commits the entries that are new, all or none; StoreUnavailable while it is away."""
+        self.attempts += 1
+        while self._held & {entry.heard.account for entry in entries}:
+            await self._released.wait()
+        await self._answer()
+        fresh = []
+        for entry in entries:
+            if entry.heard.position > self._positions.get(entry.heard.stream, 0):
+                self._positions[entry.heard.stream] = entry.heard.position
+                fresh.append(entry)
+        if fresh:
+            self.batches.append(fresh)
+        return Recorded(tuple(fresh), (), len(entries) - len(fresh))
+
+    async def cover(self, covers: Sequence[Cover]) -> None:
+        """Writes turns of coverage down."""
+        await self._answer()
+        self.covers.extend(covers)
+
+    async def heartbeat(self, accounts: Iterable[int], at: datetime) -> None:
+        """Writes a heartbeat down."""
+        await self._answer()
+        self.beats.append((frozenset(accounts), at))
+
+    async def _answer(self) -> None:
+        await asyncio.sleep(0)  # a transaction takes at least a turn of the loop
+        if not self.available:
+            raise StoreUnavailable("The journal in memory was told to be away.")

@@ -1,0 +1,334 @@
+"""The pipeline: order, grouping, acknowledgement after commit, and what happens while the store is away."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+import pytest
+
+from listener.core.calls import Entry, Heard, Recorded
+from listener.core.decode import decode
+from listener.errors import StoreUnavailable
+from listener.pipeline import RETRY_S, RETRY_S_MAX, Pipeline
+from tests.support.memory import MemoryJournal, Said, until
+
+
+class Counts:
+    """An observer that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.recorded_sizes: list[int] = []
+        self.failures: list[StoreUnavailable] = []
+        self.backlogs: list[tuple[int, int]] = []
+
+    def recorded(self, recorded: Recorded, seconds: float) -> None:
+        """A batch was committed."""
+        assert seconds >= 0
+        self.recorded_sizes.append(len(recorded.entries))
+
+    def store_failed(self, error: StoreUnavailable) -> None:
+        """The store was away."""
+        self.failures.append(error)
+
+    def backlog(self, notifications: int, size_bytes: int) -> None:
+        """So much waits."""
+        self.backlogs.append((notifications, size_bytes))
+
+
+class Pauses:
+    """Waits that a test lets pass: `asyncio.sleep` for a pipeline whose clock is the test's."""
+
+    def __init__(self) -> None:
+        self.asked_s: list[float] = []
+        self.during: Callable[[], None] = lambda: None
+
+    async def __call__(self, seconds: float) -> None:
+        """Passes at once, and does what the test wants to happen meanwhile."""
+        self.asked_s.append(seconds)
+        self.during()
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def running(pipeline: Pipeline) -> AsyncIterator[None]:
+    """Runs the pipeline's writers during the block."""
+    async with asyncio.TaskGroup() as tasks:
+        work = tasks.create_task(pipeline.run())
+        try:
+            yield
+        finally:
+            work.cancel()
+
+
+async def turns(count: int = 20) -> None:
+    """Lets the loop turn, so that whatever can happen has happened."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def line(account: int, *, padding: int = 0) -> Said:
+    """What one account says on a stream of its own."""
+    return Said(account, str(uuid.uuid4()), padding=padding)
+
+
+def entries(heard: list[Heard]) -> list[Entry]:
+    """The messages as the pipeline hands them to a journal."""
+    return [Entry(each, decode(each.raw, each.channel)) for each in heard]
+
+
+# ── Order and grouping ────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_each_account_is_stored_in_the_order_in_which_it_was_heard() -> None:
+    """Whatever the batches and the writers: the messages of an account keep their order."""
+    journal = MemoryJournal()
+    pipeline = Pipeline(journal, Counts(), writers=3, batch_max=7)
+    lines = [line(account) for account in range(1, 8)]
+    said: dict[int, list[Heard]] = {each.account: [] for each in lines}
+    async with running(pipeline):
+        for turn in range(40):
+            for each in lines:
+                heard = each.next(1 + (turn + each.account) % 4)
+                said[each.account] += heard
+                await pipeline.hear(heard, lambda: None)
+            if turn % 5 == 0:
+                await asyncio.sleep(0)
+        await pipeline.drain()
+    assert {account: journal.stored(account) for account in said} == said
+
+
+async def test_what_piles_up_during_a_commit_is_the_next_batch() -> None:
+    """No timer groups messages: a lone one goes at once, and those that came meanwhile go together."""
+    journal = MemoryJournal()
+    pipeline = Pipeline(journal, Counts(), writers=1)
+    said = line(1)
+    async with running(pipeline):
+        journal.hold(1)
+        await pipeline.hear(said.next(), lambda: None)
+        await until(lambda: journal.attempts == 1)
+        for _ in range(5):
+            await pipeline.hear(said.next(2), lambda: None)
+        journal.release()
+        await pipeline.drain()
+    assert [len(batch) for batch in journal.batches] == [1, 10]
+
+
+async def test_a_batch_never_exceeds_its_bound_and_keeps_deliveries_whole() -> None:
+    """Deliveries are grouped up to `batch_max`; one that does not fit any more begins the next batch."""
+    journal = MemoryJournal()
+    pipeline = Pipeline(journal, Counts(), writers=1, batch_max=7)
+    said = line(1)
+    async with running(pipeline):
+        journal.hold(1)
+        for _ in range(5):
+            await pipeline.hear(said.next(3), lambda: None)
+        journal.release()
+        await pipeline.drain()
+    assert [len(batch) for batch in journal.batches] == [6, 6, 3]
+
+
+async def test_a_larger_delivery_is_split_and_counts_as_committed_only_as_a_whole() -> None:
+    """A delivery beyond `batch_max` takes several transactions, and is acknowledged after the last."""
+    journal = MemoryJournal()
+    pipeline = Pipeline(journal, Counts(), writers=1, batch_max=10)
+    stored_when_committed: list[int] = []
+    said = line(1)
+    async with running(pipeline):
+        heard = said.next(25)
+        await pipeline.hear(heard, lambda: stored_when_committed.append(len(journal.stored(1))))
+        await pipeline.drain()
+    assert [len(batch) for batch in journal.batches] == [10, 10, 5]
+    assert stored_when_committed == [25]
+    assert journal.stored(1) == heard
+
+
+async def test_a_store_that_leaves_in_the_middle_of_a_large_delivery_gets_the_rest_later() -> None:
+    """The parts that are committed stay; the whole counts only when the last one is."""
+    journal = MemoryJournal()
+    pauses = Pauses()
+    committed: list[int] = []
+
+    class LeavesAfterOne(Counts):
+        def recorded(self, recorded: Recorded, seconds: float) -> None:
+            super().recorded(recorded, seconds)
+            journal.available = len(self.recorded_sizes) > 1
+
+    def back() -> None:
+        journal.available = len(pauses.asked_s) > 2
+
+    pauses.during = back
+    pipeline = Pipeline(journal, LeavesAfterOne(), writers=1, batch_max=10, pause=pauses)
+    async with running(pipeline):
+        await pipeline.hear(line(1).next(25), lambda: committed.append(len(journal.stored(1))))
+        await pipeline.drain()
+    assert committed == [25]
+    assert [one.position for one in journal.stored(1)] == list(range(1, 26))
+
+
+# ── Acknowledgement ───────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_committed_is_called_after_the_commit_and_in_order() -> None:
+    """While a transaction is open nothing is acknowledged; then its deliveries are, the first one first."""
+    journal = MemoryJournal()
+    pipeline = Pipeline(journal, Counts(), writers=1)
+    said = line(1)
+    committed: list[int] = []
+    async with running(pipeline):
+        journal.hold(1)
+        for number in range(3):
+            await pipeline.hear(said.next(), partial(committed.append, number))
+        await until(lambda: journal.attempts == 1)
+        assert committed == []
+        assert pipeline.backlog_notifications == 3
+        journal.release()
+        await pipeline.drain()
+    assert committed == [0, 1, 2]
+    assert (pipeline.backlog_notifications, pipeline.backlog_bytes) == (0, 0)
+
+
+async def test_one_writer_that_waits_does_not_hold_up_the_others() -> None:
+    """Accounts are shared out among the writers: a slow transaction of one is no matter of the others'."""
+    journal = MemoryJournal()
+    pipeline = Pipeline(journal, Counts(), writers=2)
+    committed: list[int] = []
+    async with running(pipeline):
+        journal.hold(1)
+        for account in (1, 2):
+            await pipeline.hear(line(account).next(), partial(committed.append, account))
+        await until(lambda: committed == [2])
+        journal.release()
+        await pipeline.drain()
+    assert committed == [2, 1]
+
+
+# ── A store that is away ──────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_store_that_is_away_is_asked_ever_more_slowly_and_loses_nothing() -> None:
+    """Waits double up to their cap, and begin small again after a success."""
+    journal = MemoryJournal()
+    journal.available = False
+    pauses, counts = Pauses(), Counts()
+    committed: list[bool] = []
+
+    def meanwhile() -> None:
+        assert not pipeline.available
+        assert len(committed) == len(journal.batches)
+        journal.available = len(pauses.asked_s) >= 9
+
+    pauses.during = meanwhile
+    pipeline = Pipeline(journal, counts, writers=1, pause=pauses)
+    said = line(1)
+    async with running(pipeline):
+        heard = said.next(3)
+        await pipeline.hear(heard, lambda: committed.append(True))
+        await pipeline.drain()
+        first, pauses.asked_s = pauses.asked_s, []
+        assert pipeline.available
+        journal.available = False
+        more = said.next(2)
+        await pipeline.hear(more, lambda: committed.append(True))
+        await pipeline.drain()
+    assert first == [min(RETRY_S * 2**attempt, RETRY_S_MAX) for attempt in range(9)]
+    assert first[-1] == RETRY_S_MAX
+    assert pauses.asked_s[0] == RETRY_S
+    assert len(counts.failures) == 18
+    assert journal.stored(1) == [*heard, *more]
+    assert committed == [True, True]
+
+
+async def test_a_bug_in_the_journal_ends_the_pipeline_and_acknowledges_nothing() -> None:
+    """What is no `StoreUnavailable` is not retried: `run` raises it, and a restart loses nothing."""
+
+    class Broken(MemoryJournal):
+        async def record(self, entries: object) -> Recorded:  # noqa: ARG002 - the signature is the journal's
+            raise ZeroDivisionError
+
+    pipeline = Pipeline(Broken(), Counts())
+    committed: list[bool] = []
+    await pipeline.hear(line(1).next(), lambda: committed.append(True))
+    with pytest.raises(ExceptionGroup) as caught:
+        async with asyncio.timeout(5):
+            await pipeline.run()
+    assert caught.group_contains(ZeroDivisionError)
+    assert committed == []
+    assert pipeline.backlog_notifications == 1
+
+
+# ── The bound of what waits ───────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_full_backlog_blocks_hear_until_there_is_room() -> None:
+    """At `backlog_bytes_max` `hear` does not return; it does when a commit has made room."""
+    journal = MemoryJournal()
+    counts = Counts()
+    said = line(1, padding=1000)
+    size = len(Said(1, said.stream, padding=1000).next()[0].raw)
+    pipeline = Pipeline(journal, counts, writers=1, backlog_bytes_max=3 * size)
+    async with running(pipeline), asyncio.TaskGroup() as tasks:
+        journal.hold(1)
+        for _ in range(2):
+            async with asyncio.timeout(5):
+                await pipeline.hear(said.next(), lambda: None)
+        third = tasks.create_task(pipeline.hear(said.next(), lambda: None))
+        await until(lambda: pipeline.backlog_notifications == 3)
+        await turns()
+        assert not third.done()
+        journal.release()
+        async with asyncio.timeout(5):
+            await third
+            await pipeline.drain()
+    assert [one.position for one in journal.stored(1)] == [1, 2, 3]
+    assert max(size_bytes for _, size_bytes in counts.backlogs) == 3 * size
+    assert counts.backlogs[-1] == (0, 0)
+
+
+async def test_a_message_larger_than_the_whole_backlog_is_taken() -> None:
+    """Refusing it would lose it."""
+    journal = MemoryJournal()
+    pipeline = Pipeline(journal, Counts(), backlog_bytes_max=100)
+    said = line(1, padding=5000)
+    async with running(pipeline), asyncio.timeout(5):
+        await pipeline.hear(said.next(), lambda: None)
+        await pipeline.hear(said.next(), lambda: None)
+        await pipeline.drain()
+    assert len(journal.stored(1)) == 2
+
+
+async def test_hear_that_is_given_up_while_it_waits_for_room_loses_nothing() -> None:
+    """A request has a time-out, and what it brought counts as had: it must be in the backlog."""
+    journal = MemoryJournal()
+    pipeline = Pipeline(journal, Counts(), writers=1, backlog_bytes_max=100)
+    said = line(1, padding=200)
+    committed: list[str] = []
+    async with running(pipeline):
+        journal.hold(1)
+        for name in ("first", "second"):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await pipeline.hear(said.next(), partial(committed.append, name))
+        journal.release()
+        await pipeline.drain()
+    assert [one.position for one in journal.stored(1)] == [1, 2]
+    assert committed == ["first", "second"]
+
+
+async def test_drain_waits_for_the_last_commit_and_not_when_there_is_nothing() -> None:
+    """`drain` returns at once when all is committed, and otherwise when it is."""
+    journal = MemoryJournal()
+    pipeline = Pipeline(journal, Counts())
+    async with running(pipeline), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(5):
+            await pipeline.drain()
+        journal.hold(1, 2)
+        for account in (1, 2):
+            await pipeline.hear(line(account).next(), lambda: None)
+        draining = tasks.create_task(pipeline.drain())
+        await until(lambda: journal.attempts == 2)
+        assert not draining.done()
+        journal.release()
+        await draining
+    assert sum(map(len, journal.batches)) == 2
