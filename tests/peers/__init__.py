@@ -1,0 +1,1 @@
+"""Real CometD servers, a proxy that breaks connections, and the tests that they do what they claim."""

@@ -1,0 +1,1 @@
+"""What tests share: servers to talk to, and values to feed in."""
