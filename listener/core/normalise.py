@@ -9,14 +9,18 @@ that was promised not to move: what comes for a call after its end changes its a
 in order, and answers what each did. It has no memory beyond the batch; the truth is in the store.
 
 Durations are measured between messages that we heard. A stretch whose beginning or end fell into a gap is
-not counted, because a number that nobody observed would be an invention.
+not counted, because a number that nobody observed would be an invention. Within a call time does not run
+backwards: should our clock be set back, the last time stands until the clock has caught up.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from typing import Any
 
-from msgspec import UNSET, structs
+from msgspec import structs
 
 from listener.core.calls import (
     Anomaly,
@@ -121,6 +125,11 @@ _PLAIN_FIELDS = (
 )
 """Fields that a notification overwrites when it carries them; the same names on both sides."""
 
+_plain_fields = attrgetter(*_PLAIN_FIELDS)
+
+_SECOND = timedelta(seconds=1)
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
+
 INFERRED_NOT_LIVE = "inferred: no longer among the live calls"
 """Why a call that ended while nobody listened is settled."""
 
@@ -159,16 +168,18 @@ class Board:
     the last `Step` of a call holds the call as it must be stored.
     """
 
-    __slots__ = ("_by_alias", "_calls")
+    __slots__ = ("_accounts",)
 
     def __init__(self, calls: Iterable[Call]) -> None:
-        self._calls: dict[int, Call] = {}
-        self._by_alias: dict[tuple[int, str], int] = {}
-        # The newest call wins an id that was used more than once.
+        self._accounts: dict[int, _Calls] = {}
         for call in sorted(calls, key=lambda each: each.id):
-            self._calls[call.id] = call
-            for alias in call.aliases:
-                self._by_alias[call.account, alias] = call.id
+            self._of(call.account).put(call)
+
+    def _of(self, account: int) -> "_Calls":
+        calls = self._accounts.get(account)
+        if calls is None:
+            calls = self._accounts[account] = _Calls()
+        return calls
 
     def hear(self, notification_id: int, heard: Heard, decoded: Decoded) -> list[Step]:
         """Folds one message and answers what it did to which calls; total.
@@ -177,47 +188,29 @@ class Board:
         """
         match decoded:
             case Notification():
-                step = self._notification(notification_id, heard, decoded)
+                _, step = self._notification(notification_id, heard, decoded)
                 return [step] if step is not None else []
             case Snapshot():
                 return list(self._snapshot(notification_id, heard, decoded))
             case Aside() | Unrecognised():
                 return []
 
-    def _notification(self, notification_id: int, heard: Heard, notification: Notification) -> Step | None:
-        call, odd = self._find(heard.account, notification)
-        stale = heard.asked_at is not None and call is not None and call.last_heard_at >= heard.asked_at
-        if stale:
-            return None  # heard since the snapshot was asked for: what was heard is newer
-        if call is not None and not call.open and _begins_again(call, notification):
+    def _notification(
+        self, notification_id: int, heard: Heard, notification: Notification
+    ) -> tuple[Call, Step | None]:
+        """The call that a notification is about, as it is afterwards, and what was done to it if anything."""
+        calls = self._of(heard.account)
+        call, odd = calls.find(notification)
+        if call is not None and heard.asked_at is not None and call.last_heard_at >= heard.asked_at:
+            return call, None  # heard since the snapshot was asked for: what was heard is newer
+        if call is not None and not call.open and _begins_again(call, heard, notification):
             call, odd = None, [Anomaly("id_reused", f"{notification.call_id} had ended and begins again")]
         if call is None:
             step = _opening(notification_id, heard, notification, odd)
         else:
             step = _following(call, heard, notification, odd)
-        self._put(step.call)
-        return step
-
-    def _find(self, account: int, notification: Notification) -> tuple[Call | None, list[Anomaly]]:
-        """The call that a notification is about, and what was odd about recognising it.
-
-        Ids are opaque: what one message calls `id` another calls `connId`. An id that names a known call
-        decides. Otherwise an open call is taken that shares the connId, or whose one id is the callUuid of
-        the other; two different connIds under one callUuid stay two legs.
-        """
-        found = self._by_alias.get((account, notification.call_id))
-        if found is not None:
-            return self._calls[found], []
-        for alias in _ids(notification)[1:]:
-            other = self._by_alias.get((account, alias))
-            if other is None or not self._calls[other].open:
-                continue
-            call = self._calls[other]
-            by_uuid_only = alias == notification.call_uuid
-            if by_uuid_only and notification.call_id != alias and call.call_id != alias:
-                continue
-            return call, [Anomaly("id_changed", f"{call.call_id} is now called {notification.call_id}")]
-        return None, []
+        calls.put(step.call)
+        return step.call, step
 
     def _snapshot(self, notification_id: int, heard: Heard, snapshot: Snapshot) -> Iterator[Step]:
         """Opens and corrects what is live; ends what is not, if the snapshot claims to be complete."""
@@ -225,47 +218,107 @@ class Board:
         # One message may open several calls, whose ids must differ and be the same in every rebuild: the
         # store reserves `ids_needed`.
         for offset, notification in enumerate(snapshot.calls, start=1):
-            step = self._notification(notification_id + offset, heard, notification)
-            call, _ = self._find(heard.account, notification)
-            if call is not None:
-                live.add(call.id)
+            call, step = self._notification(notification_id + offset, heard, notification)
+            live.add(call.id)
             if step is not None:
                 yield step
         if not snapshot.complete or heard.asked_at is None:
             return
-        for call in list(self._calls.values()):
-            if call.account == heard.account and call.open and call.id not in live:
-                if call.last_heard_at < heard.asked_at:
-                    step = _ended_unheard(call)
-                    self._put(step.call)
-                    yield step
+        calls = self._of(heard.account)
+        for call in calls.open():
+            if call.id not in live and call.last_heard_at < heard.asked_at:
+                step = _ended_unheard(call)
+                calls.put(step.call)
+                yield step
 
-    def _put(self, call: Call) -> None:
-        self._calls[call.id] = call
+
+class _Calls:
+    """The calls of one account on a board, and which of them each id names."""
+
+    __slots__ = ("_by_id", "_named")
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, Call] = {}
+        self._named: dict[str, Call] = {}
+
+    def open(self) -> list[Call]:
+        """Those that go on, the oldest first."""
+        return [call for call in self._by_id.values() if call.open]
+
+    def put(self, call: Call) -> None:
+        """Takes a call in, or what has become of it."""
+        self._by_id[call.id] = call
         for alias in call.aliases:
-            self._by_alias[call.account, alias] = call.id
+            # An id that was used more than once names the newest call, whichever was heard of last: so it is
+            # in the store, and where one batch ends and the next begins must make no difference.
+            named = self._named.get(alias)
+            if named is None or named.id <= call.id:
+                self._named[alias] = call
+
+    def find(self, notification: Notification) -> tuple[Call | None, list[Anomaly]]:
+        """The call that a notification is about, and what was odd about recognising it.
+
+        Ids are opaque: what one message calls `id` another calls `connId`. An id under which an open call
+        was first heard decides, whatever else the message says (the documents show one id with two connIds).
+        An id that a call got later decides as well, unless the connId names another open call that has it
+        too. An id that names nothing, or only a call that has ended, may be a new one of an open call: of the
+        one with the previous id, with the same connId, or with the callUuid for its id. Two different connIds
+        under one callUuid stay two legs.
+        """
+        call_id = notification.call_id
+        named = self._named.get(call_id)
+        if named is not None and named.open and named.call_id == call_id:
+            return named, []
+        before = self._open(notification.previous_conn_id)
+        same = self._open(notification.conn_id)
+        if named is not None:
+            if named.call_id != call_id and same is not None and call_id in same.aliases:
+                return same, []
+            if named.open or before is None:
+                return named, []
+        call = before or same
+        if call is None:
+            call = self._open(notification.call_uuid)
+            if call is None or call.call_id != notification.call_uuid:
+                return None, []
+            if call.conn_id is not None and notification.conn_id is not None:
+                return None, []
+        return call, [Anomaly("id_changed", f"{call.call_id} is now called {call_id}")]
+
+    def _open(self, alias: str | None) -> Call | None:
+        call = self._named.get(alias) if alias else None
+        return call if call is not None and call.open else None
 
 
-def _begins_again(call: Call, notification: Notification) -> bool:
+def _begins_again(call: Call, heard: Heard, notification: Notification) -> bool:
     """Whether a message about an ended call is the first of another one under the same id.
 
     A call that is transferred away and back rings again under the callUuid that it had. An older message
-    that arrives late looks the same, but for the server's clock.
+    that arrives late looks the same, but for the server's clock. What a snapshot lists is live, whatever its
+    state: if the end of the call was heard before, then it has come back while nobody listened.
     """
-    if notification.state not in BEGINNINGS:
-        return False
-    return not (notification.server_at and call.server_at and notification.server_at < call.server_at)
+    if heard.source is Source.SNAPSHOT and call.ended_at is not None:
+        return notification.state is not None and notification.state not in ENDINGS
+    return notification.state in BEGINNINGS and not _is_late(call, notification)
+
+
+def _is_late(call: Call, notification: Notification) -> bool:
+    """Whether the server said it before something that we have heard already, by its own clock."""
+    said_at, known_at = notification.server_at, call.server_at
+    return said_at is not None and known_at is not None and said_at < known_at
 
 
 def _opening(notification_id: int, heard: Heard, notification: Notification, odd: list[Anomaly]) -> Step:
     """The first message of a call."""
     at = heard.received_at
-    state = notification.state
+    state = notification.state or None
     anomalies = [*notification.oddities, *odd]
     if state is None:
         anomalies.append(Anomaly("malformed_field", "the first message of the call has no state"))
     elif state not in _STATES:
         anomalies.append(Anomaly("unknown_state", state))
+    elif state not in TRANSITIONS[None]:
+        anomalies.append(Anomaly("impossible_transition", f"the first that is heard is {state}"))
     _note_type(notification, anomalies)
 
     if state == State.DIALING:
@@ -281,9 +334,9 @@ def _opening(notification_id: int, heard: Heard, notification: Notification, odd
     changes = [Change("state", None, state)] if state is not None else []
     if notification.capabilities:
         changes.append(Change("capabilities", None, sorted(notification.capabilities)))
-    changes.extend(Change("participant", None, _shown(party), _stay_key(party, parties)) for party in parties)
+    changes.extend(_movements(parties, parties))
     user_data = notification.user_data or {}
-    changes.extend(Change("user_data", None, value, key) for key, value in user_data.items())
+    changes.extend(_differences({}, user_data))
     if notification.recording is not None:
         changes.append(Change("recording", None, notification.recording))
 
@@ -326,14 +379,13 @@ def _opening(notification_id: int, heard: Heard, notification: Notification, odd
     )
     if state not in ENDINGS:
         return Step(call, tuple(changes), tuple(anomalies), parties, began=True)
-    ended = structs.replace(call, **_end(call, notification, at, call.parties))
+    ended = structs.replace(call, **_end(call, notification))
     return Step(ended, tuple(changes), tuple(anomalies), ended.parties, began=True, ended=True)
 
 
 def _following(call: Call, heard: Heard, notification: Notification, odd: list[Anomaly]) -> Step:
     """A message about a call that is known."""
-    at = heard.received_at
-    was_open = call.open
+    at = max(heard.received_at, call.last_heard_at)
     anomalies = [*notification.oddities, *odd]
     _note_type(notification, anomalies)
     changes: list[Change] = []
@@ -341,68 +393,68 @@ def _following(call: Call, heard: Heard, notification: Notification, odd: list[A
     after: dict[str, Any] = {"last_heard_at": at, "notifications": call.notifications + 1}
 
     state = notification.state
-    if state is not None and state != call.state:
-        moved = _move(call, state, heard, anomalies)
+    goes_on = call.open
+    if state and state != call.state:
+        moved = _move(call, notification, heard.source, at, anomalies)
         if moved:
             changes.append(Change("state", call.state or None, state))
             after.update(moved)
+            goes_on = goes_on or state not in ENDINGS
 
-    for name in _PLAIN_FIELDS:
-        value = getattr(notification, name)
-        if value is not None and value != (before := getattr(call, name)):
-            after[name] = value
-            changes.append(Change(name, before, value))
+    known = _plain_fields(call)
+    said = _plain_fields(notification)
+    if said != known:
+        for name, value, before in zip(_PLAIN_FIELDS, said, known, strict=True):
+            if value is not None and value != before:
+                after[name] = value
+                changes.append(Change(name, before, value))
 
     capabilities = notification.capabilities
     if capabilities is not None and capabilities != call.capabilities:
         after["capabilities"] = capabilities
         changes.append(Change("capabilities", sorted(call.capabilities), sorted(capabilities)))
 
-    if notification.participants is not None and was_open:
-        known, parties = _stays(call.parties, notification.participants, at)
+    if notification.participants is not None and goes_on:
+        stays, parties = _stays(call.parties, notification.participants, at)
         if parties:
-            after["parties"] = known
-            changes.extend(
-                Change("participant", None, _shown(party), _stay_key(party, known))
-                if party.left_at is None
-                else Change("participant", _shown(party), None, _stay_key(party, known))
-                for party in parties
-            )
+            after["parties"] = stays
+            changes.extend(_movements(parties, stays))
 
     user_data = {} if notification.user_data_emptied else notification.user_data
     if user_data is not None and user_data != call.user_data:
-        differences = list(_differences(call.user_data, user_data))
-        if differences:
-            after["user_data"] = user_data
-            changes.extend(differences)
+        after["user_data"] = user_data
+        changes.extend(_differences(call.user_data, user_data))
 
-    if any(id not in call.aliases for id in _ids(notification)):
-        after["aliases"] = tuple(dict.fromkeys((*call.aliases, *_ids(notification))))
+    names = _ids(notification)
+    if not set(call.aliases).issuperset(names):
+        after["aliases"] = tuple(dict.fromkeys((*call.aliases, *names)))
     if notification.device_id is not None:
         after["device_id"] = notification.device_id
     if call.number is None:
-        known = after.get("parties", call.parties)
+        stays = after.get("parties", call.parties)
         ani, dnis = after.get("ani", call.ani), after.get("dnis", call.dnis)
-        after["number"] = _other_party(known, ani, dnis, call.direction)
+        after["number"] = _other_party(stays, ani, dnis, call.direction)
     if notification.extensions is not None:
         wrap_up_time_s = _wrap_up_time_s(notification.extensions)
         if wrap_up_time_s is not None:
             after["wrap_up_time_s"] = wrap_up_time_s
     if notification.duration_s is not None:
         after["server_duration_s"] = notification.duration_s
-    if notification.server_at is not None:
+    if notification.server_at is not None and not _is_late(call, notification):
         after["server_at"] = notification.server_at
-
-    ends = was_open and after.get("state") in ENDINGS
-    if ends:
-        present = after.get("parties", call.parties)
-        ending = _end(structs.replace(call, **after), notification, at, present)
-        parties = tuple(party for party in ending["parties"] if party.left_at == at)
-        after.update(ending)
     after["anomalies"] = call.anomalies + len(anomalies)
-    return Step(
-        structs.replace(call, **after), tuple(changes), tuple(anomalies), parties, began=False, ended=ends
+
+    followed = structs.replace(call, **after)
+    if not (call.open and state in ENDINGS):
+        return Step(followed, tuple(changes), tuple(anomalies), parties)
+    ended = structs.replace(followed, **_end(followed, notification))
+    moved_now = {party.ordinal for party in parties}
+    left = tuple(
+        party
+        for party, was in zip(ended.parties, followed.parties, strict=True)
+        if was.left_at is None or was.ordinal in moved_now
     )
+    return Step(ended, tuple(changes), tuple(anomalies), left, ended=True)
 
 
 def _note_type(notification: Notification, anomalies: list[Anomaly]) -> None:
@@ -411,37 +463,43 @@ def _note_type(notification: Notification, anomalies: list[Anomaly]) -> None:
         anomalies.append(Anomaly("unknown_notification_type", kind))
 
 
-def _move(call: Call, state: str, heard: Heard, anomalies: list[Anomaly]) -> dict[str, Any]:
-    """The fields that a change of state changes; empty when the state is kept, because the call had ended."""
+def _move(
+    call: Call, notification: Notification, source: Source, at: datetime, anomalies: list[Anomaly]
+) -> dict[str, Any]:
+    """The fields that another state changes; empty when the state is kept, because the call had ended."""
+    state = notification.state or ""
     known = state in _STATES
     if not known:
         anomalies.append(Anomaly("unknown_state", state))
-    if not call.open:
-        if call.ended_at is None and state not in ENDINGS:
-            # Its end was inferred, and wrongly: it speaks. It goes on from here.
-            anomalies.append(Anomaly("after_end", f"{state} after an end that was only inferred"))
-            return {"state": state, "state_since": heard.received_at, "settled": None, "outcome": None}
-        if call.state == State.RELEASED and state == State.COMPLETED:
-            return _wrapped_up(call, heard.received_at)
-        anomalies.append(Anomaly("after_end", f"{state} after {call.state}"))
+    after: dict[str, Any] = {"state": state, "state_since": at}
+    if call.open:
+        if known and call.state in _STATES and state not in _MAY_FOLLOW[call.state]:
+            anomalies.append(Anomaly("impossible_transition", f"{call.state} to {state}"))
+        booked_on = _BOOKED_ON.get(call.state)
+        # A snapshot shows that the state has changed, not when: that stretch is not counted.
+        if booked_on is not None and source is Source.COMETD:
+            after[booked_on] = getattr(call, booked_on) + _elapsed_s(call.state_since, at)
+    elif call.ended_at is None and state not in ENDINGS:
+        # Its end was inferred, and wrongly: it speaks. It goes on from here.
+        anomalies.append(Anomaly("after_end", f"{state} after an end that was only inferred"))
+        after["settled"] = after["outcome"] = None
+    elif call.state == State.RELEASED and state == State.COMPLETED:
+        return _wrapped_up(call, source, at)
+    else:
+        kind = "late" if _is_late(call, notification) else "after_end"
+        anomalies.append(Anomaly(kind, f"{state} after {call.state}"))
         return {}
-    if known and call.state in _STATES and state not in _MAY_FOLLOW[call.state]:
-        anomalies.append(Anomaly("impossible_transition", f"{call.state} to {state}"))
-
-    after: dict[str, Any] = {"state": state, "state_since": heard.received_at}
-    booked_on = _BOOKED_ON.get(call.state)
-    # A snapshot shows that the state has changed, not when: that stretch is not counted.
-    if booked_on is not None and heard.source is Source.COMETD:
-        after[booked_on] = getattr(call, booked_on) + _elapsed_s(call.state_since, heard.received_at)
-    if state in TALKING and call.established_at is None:
-        after["established_at"] = heard.received_at
+    # A call that is held while it dials has not been answered; any other call on hold has.
+    answered = state == State.ESTABLISHED or (state == State.HELD and call.state != State.DIALING)
+    if answered and call.established_at is None:
+        after["established_at"] = at
     if state == State.HELD:
         after["hold_count"] = call.hold_count + 1
     return after
 
 
-def _end(call: Call, notification: Notification, at: datetime, parties: tuple[Party, ...]) -> dict[str, Any]:
-    """The fields that the end of a call fixes."""
+def _end(call: Call, notification: Notification) -> dict[str, Any]:
+    """The fields that the end of a call fixes; `call` is as of the message that ends it."""
     if call.established_at is not None:
         outcome = Outcome.ANSWERED
     elif call.direction is Direction.UNKNOWN:
@@ -454,20 +512,24 @@ def _end(call: Call, notification: Notification, at: datetime, parties: tuple[Pa
     elif notification.dialect != "v3" and not call.wrap_up_time_s:
         # v2 sends nothing after Released when no wrap-up is due; v3 sends Completed.
         settled = "released"
+    at = call.last_heard_at
     return {
         "ended_at": at,
         "outcome": outcome,
         "settled": settled,
-        "parties": tuple(party if party.left_at else structs.replace(party, left_at=at) for party in parties),
+        "parties": tuple(
+            structs.replace(party, left_at=at) if party.left_at is None else party for party in call.parties
+        ),
     }
 
 
-def _wrapped_up(call: Call, at: datetime) -> dict[str, Any]:
+def _wrapped_up(call: Call, source: Source, at: datetime) -> dict[str, Any]:
     """Completed after Released; a call that had settled keeps its figures."""
     after: dict[str, Any] = {"state": State.COMPLETED.value, "state_since": at}
     if call.settled is None and call.ended_at is not None:
-        after["wrap_s"] = _elapsed_s(call.ended_at, at)
         after["settled"] = "completed"
+        if source is Source.COMETD:
+            after["wrap_s"] = _elapsed_s(call.ended_at, at)
     return after
 
 
@@ -489,13 +551,18 @@ def _ended_unheard(call: Call) -> Step:
 
 
 def _elapsed_s(since: datetime, until: datetime) -> float:
-    """Never negative: our clock may have been set back between two messages."""
-    return max(0.0, (until - since) / timedelta(seconds=1))
+    return (until - since) / _SECOND
 
 
 def _wrap_up_time_s(extensions: JsonObject | None) -> float | None:
     value = extensions.get("WrapUpTime") if extensions else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        seconds = float(value)
+    except OverflowError:
+        return None
+    return seconds if math.isfinite(seconds) else None
 
 
 def _other_party(
@@ -505,8 +572,8 @@ def _other_party(
     if parties and parties[0].number:
         return parties[0].number
     if direction is Direction.INBOUND:
-        return ani
-    return dnis if direction is Direction.OUTBOUND else None
+        return ani or None
+    return dnis or None if direction is Direction.OUTBOUND else None
 
 
 def _shown(party: Party) -> JsonObject:
@@ -518,14 +585,31 @@ def _shown(party: Party) -> JsonObject:
     return shown
 
 
-def _stay_key(party: Party, all_stays: tuple[Party, ...]) -> str:
-    """What names a stay among the changes: its number, made distinct where that number was there already."""
-    for other in all_stays:
-        if other.ordinal >= party.ordinal:
-            break
-        if other.number == party.number and (other.left_at is None or other.left_at > party.joined_at):
-            return f"{party.number}#{party.ordinal}"
-    return party.number
+def _movements(moved: tuple[Party, ...], stays: tuple[Party, ...]) -> Iterator[Change]:
+    """The changes of those who came or went; `stays` are all stays on the call."""
+    keys = _stay_keys(stays)
+    for party in moved:
+        if party.left_at is None:
+            yield Change("participant", None, _shown(party), keys[party.ordinal])
+        else:
+            yield Change("participant", _shown(party), None, keys[party.ordinal])
+
+
+def _stay_keys(stays: tuple[Party, ...]) -> list[str]:
+    """What names each stay among the changes: its number, made distinct where that number was there already.
+
+    The key must be the same when a party joins and when it leaves, so it depends on what was before the stay
+    only. A number with the mark in it could be taken for such a key, and always gets one of its own.
+    """
+    keys = []
+    there_until: dict[str, datetime | None] = {}
+    for party in stays:
+        number = party.number
+        until = there_until.get(number, _LONG_AGO)
+        alone = until is not None and until < party.joined_at
+        keys.append(number if alone and "#" not in number else f"{number}#{party.ordinal}")
+        there_until[number] = None if until is None or party.left_at is None else max(until, party.left_at)
+    return keys
 
 
 def _stays(
@@ -538,31 +622,33 @@ def _stays(
     present = [party for party in known if party.left_at is None]
     if [party.number for party in present] == [each.number for each in listed]:
         return known, ()
-    gone = list(present)
-    joined: list[Participant] = []
-    for each in listed:
-        stay = next((party for party in gone if party.number == each.number), None)
-        if stay is None:
-            joined.append(each)
+    staying = Counter(party.number for party in present) & Counter(each.number for each in listed)
+    left = {}
+    matched = staying.copy()
+    for party in present:
+        if matched[party.number]:
+            matched[party.number] -= 1
         else:
-            gone.remove(stay)
-    left = {party.ordinal: structs.replace(party, left_at=at) for party in gone}
-    begun = tuple(
-        Party(len(known) + place, each.number, each.e164, each.formatted, each.role, at)
-        for place, each in enumerate(joined)
-    )
-    all_stays = tuple(left.get(party.ordinal, party) for party in known) + begun
-    return all_stays, (*left.values(), *begun)
+            left[party.ordinal] = structs.replace(party, left_at=at)
+    begun: list[Party] = []
+    for each in listed:
+        if staying[each.number]:
+            staying[each.number] -= 1
+        else:
+            ordinal = len(known) + len(begun)
+            begun.append(Party(ordinal, each.number, each.e164, each.formatted, each.role, at))
+    stays = (*(left.get(party.ordinal, party) for party in known), *begun)
+    return stays, (*left.values(), *begun)
 
 
 def _differences(before: JsonObject, after: JsonObject) -> Iterator[Change]:
-    """userData is a full snapshot: a key that it lacks is gone."""
+    """userData is a full snapshot: a key that it lacks is gone, and so is a value that is null."""
     for key, value in after.items():
-        was = before.get(key, UNSET)
-        if was is UNSET or was != value or type(was) is not type(value):
-            yield Change("user_data", None if was is UNSET else was, value, key)
+        was = before.get(key)
+        if was != value:
+            yield Change("user_data", was, value, key)
     for key, value in before.items():
-        if key not in after:
+        if key not in after and value is not None:
             yield Change("user_data", value, None, key)
 
 

@@ -8,7 +8,7 @@ import os
 from hypothesis import HealthCheck, settings
 
 # Deadlines measure the machine, not the code; pytest's own timeout ends what hangs.
-settings.register_profile("short", max_examples=150, derandomize=True, deadline=None)
+settings.register_profile("short", max_examples=300, derandomize=True, deadline=None)
 settings.register_profile(
     "long", max_examples=5_000, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )

@@ -17,7 +17,7 @@ UUID: Final = "02AB7CDKQ1H9V6T4080000LAES00001A"
 CONN: Final = "00a1034f1be7c021"
 NUMBER: Final = "7023"
 
-ABSENT: Final = object()
+ABSENT: Final[Any] = object()
 """As a field's value: leave the field out."""
 
 RINGING: Final = ("Answer", "ClearCall", "AttachUserData", "UpdateUserData", "DeleteUserData")
