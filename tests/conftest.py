@@ -10,6 +10,10 @@ from collections.abc import AsyncIterator, Generator
 
 import pytest
 
+from tests.support.database import database, empty_database, journal, postgres, sql, template
+
+__all__ = ["database", "empty_database", "journal", "postgres", "sql", "template"]
+
 TURNS_MAX = 10
 """Turns of the loop that a task which was just cancelled may take to end."""
 

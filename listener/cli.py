@@ -1,0 +1,634 @@
+"""The command line: what a person types, and what he is told.
+
+It decides the words, the exit codes and how answers look; it refuses to know how anything is done. Each
+command imports what it needs when it runs, so that `--help` and `decode` start fast.
+
+Every failure that we know is one sentence on standard error and an exit code; a traceback is shown only
+with --debug, or for what should not happen.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from listener import __version__
+from listener.errors import ListenerError, RemoteError, SettingsError, StoreError
+
+if TYPE_CHECKING:
+    from listener.settings import Settings
+    from listener.store.history import History
+
+T = TypeVar("T")
+
+OK = 0
+NEGATIVE = 1
+USAGE = 2
+STORE = 3
+REMOTE = 4
+INTERNAL = 70
+INTERRUPTED = 130
+
+DECODE_BYTES_MAX = 256 * 2**20
+"""Input of `decode`; a larger one is refused rather than half read."""
+
+DESCRIPTION = "Hears every call notification of a contact centre, and remembers it so that it can be proved."
+
+EPILOG = """\
+five minutes, from nothing to a question answered:
+  make demo                                   a simulated contact centre, heard live; Ctrl-C ends it
+  listener calls --number 5001 --since 1h     the calls with 5001 in the last hour, and who was on them
+  listener call 4711                          all that happened on one of them
+
+a site of your own:
+  cp deploy/listener.example.toml listener.toml   then edit it
+  listener check-config                       names every problem with its line and cure
+  listener db upgrade                         makes or updates the tables
+  listener run                                listens until it is told to stop
+
+exit codes:
+  0   done; the answer is yes
+  1   done; the answer is no: no such call, something was not recognised, something is missing
+  2   wrong usage or configuration; the message names the file, the line and the cure
+  3   the database is not there or not up to date
+  4   the contact centre refuses or does not answer
+  70  a defect of ours; --debug shows where
+  130 interrupted
+"""
+
+
+# ── Times ─────────────────────────────────────────────────────────────────────────────────────────────
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+def moment(text: str, now: datetime) -> datetime:
+    """Read a time: "90m" (so long ago; s, m, h, d, w), "now", or ISO 8601, local unless it says.
+
+    Raises ValueError with the cure.
+    """
+    if text == "now":
+        return now
+    if ago := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text):
+        try:
+            return now - timedelta(**{_UNITS[ago[2]]: float(ago[1])})
+        except OverflowError:
+            raise ValueError(f"{text!r} is too long ago") from None
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r} is no time; write 90m, 1h, 2d or 2026-03-02T14:00") from None
+
+
+def _moment(text: str) -> datetime:
+    now = datetime.now(UTC)  # noqa: TID251 - "an hour ago" is from when it was typed
+    try:
+        return moment(text, now)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+# ── decode ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def split_messages(content: bytes) -> list[bytes]:
+    """Find the messages in a file: one JSON document, a JSON array of messages, or JSON lines of either.
+
+    Exact bytes, so that decoding sees what was sent. Total: what is no JSON at all is one message, and the
+    decoder says why it is none.
+    """
+    from listener.core.session import split
+
+    def expanded(document: bytes) -> list[bytes]:
+        try:
+            return split(document) if document[:1] == b"[" else [document]
+        except ValueError:
+            return [document]
+
+    document = content.removeprefix(b"\xef\xbb\xbf").strip()
+    if not document or _is_json(document):
+        return expanded(document) if document else []
+    lines = [line.strip() for line in document.splitlines() if line.strip()]
+    if not _is_json(lines[0]):
+        return [document]
+    return [message for line in lines for message in expanded(line)]
+
+
+def _is_json(document: bytes) -> bool:
+    try:
+        json.loads(document)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def decoded_lines(messages: Iterable[bytes], now: datetime) -> Iterator[dict[str, Any]]:
+    """Say of each message what it normalises to, and what it did to its call, given those before it.
+
+    Times are the server's own where it sent them, else `now`, since a file does not say when it was heard.
+    """
+    import msgspec
+
+    from listener.core.calls import Heard, Notification, Snapshot, Unrecognised
+    from listener.core.decode import decode
+    from listener.core.normalise import Board, ids_needed
+
+    board = Board(())
+    next_id = 1
+    for position, raw in enumerate(messages, 1):
+        decoded = decode(raw)
+        at = (decoded.server_at if isinstance(decoded, Notification) else None) or now
+        heard = Heard(
+            0, "file", position, at, "", raw, asked_at=at if isinstance(decoded, Snapshot) else None
+        )
+        steps = board.hear(next_id, heard, decoded)
+        next_id += ids_needed(decoded)
+        line: dict[str, Any] = {"message": position, "kind": type(decoded).__name__.lower()}
+        if isinstance(decoded, Unrecognised):
+            line["reason"] = decoded.reason
+        else:
+            line["decoded"] = _told(msgspec.to_builtins(decoded))
+            line["steps"] = [
+                msgspec.to_builtins(step) | {"call": _told(msgspec.to_builtins(step.call))} for step in steps
+            ]
+        yield line
+
+
+def _told(fields: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the fields that no message carried."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _decode(options: argparse.Namespace) -> int:
+    try:
+        if options.file == "-":
+            content = sys.stdin.buffer.read(DECODE_BYTES_MAX + 1)
+        else:
+            with Path(options.file).open("rb") as file:
+                content = file.read(DECODE_BYTES_MAX + 1)
+    except OSError as error:
+        raise SettingsError(f"{options.file}: it cannot be read ({error.strerror})") from None
+    if len(content) > DECODE_BYTES_MAX:
+        raise SettingsError(f"{options.file}: larger than {DECODE_BYTES_MAX} bytes; split it")
+    now = datetime.now(UTC)  # noqa: TID251 - stands in for a time that the file does not have
+    recognised = True
+    for line in decoded_lines(split_messages(content), now):
+        print(json.dumps(line, ensure_ascii=False))
+        recognised = recognised and line["kind"] != "unrecognised"
+    return OK if recognised else NEGATIVE
+
+
+# ── Configuration and database ────────────────────────────────────────────────────────────────────────
+
+
+def _settings(options: argparse.Namespace) -> "Settings":
+    from listener.settings import DEMO_CONFIG, find, load
+
+    path = find(options.config, os.environ)
+    if path == DEMO_CONFIG and options.config is None:
+        print(f"listener: no listener.toml here, so the demo's {path} is used", file=sys.stderr)
+    overrides = {}
+    for given in options.set + options.set_after:
+        key, equals, value = given.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {given}: write it as --set section.key=value")
+        overrides[key.strip()] = value
+    return load(path, overrides, secrets_dir=options.secrets_dir)
+
+
+def _check_config(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    print(f"ok: {len(settings.environments)} environments, {len(settings.accounts)} accounts")
+    return OK
+
+
+@contextmanager
+def _database(settings: "Settings", *, make: bool = False) -> Iterator[str]:
+    """Give the DSN; where none is configured, run the bundled server meanwhile (it may run already)."""
+    if settings.store.dsn is not None:
+        yield settings.store.dsn.get_secret_value()
+        return
+    from listener.store.embedded import Embedded
+
+    directory = settings.store.data_dir
+    if not make and not directory.exists():
+        raise StoreError(
+            f"there is no database in {directory} yet: `listener run` makes one, `make demo` one to try; "
+            "or name another with store.dsn or store.data_dir"
+        )
+    with Embedded(directory) as server:
+        yield server.dsn
+
+
+def _db(options: argparse.Namespace) -> int:
+    from listener.store import migrate
+
+    with _database(_settings(options), make=options.action == "upgrade") as dsn:
+        if options.action == "upgrade":
+            before = asyncio.run(migrate.current(dsn))
+            asyncio.run(migrate.upgrade(dsn))
+            after = asyncio.run(migrate.current(dsn))
+            print(f"{before or 'empty'} -> {after}" if before != after else f"{after}, nothing to do")
+            return OK
+        found, needed = asyncio.run(migrate.current(dsn)), migrate.head()
+        print(found or "empty")
+        if found == needed:
+            return OK
+        print(f"listener: this version needs {needed}; run `listener db upgrade`", file=sys.stderr)
+        return NEGATIVE
+
+
+# ── Questions ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _answer(options: argparse.Namespace, ask: Callable[["History"], Awaitable[T]]) -> T:
+    """Ask one question of the database that the settings name."""
+    from listener.store.history import History
+
+    async def asked(dsn: str) -> T:
+        async with History(dsn) as history:
+            return await ask(history)
+
+    with _database(_settings(options)) as dsn:
+        return asyncio.run(asked(dsn))
+
+
+def _calls(options: argparse.Namespace) -> int:
+    from listener.answers import as_json, console, show_calls
+
+    page = _answer(
+        options,
+        lambda history: history.calls(
+            since=options.since,
+            until=options.until,
+            accounts=options.account,
+            tenant=options.tenant,
+            state=options.state,
+            live=True if options.live else None,
+            number=options.number,
+            number_ends=options.number_ends,
+            limit=options.limit,
+            after=options.after,
+        ),
+    )
+    if options.output == "json":
+        print(as_json(page))
+    else:
+        show_calls(page, console())
+    return OK if page.calls else NEGATIVE
+
+
+def _call(options: argparse.Namespace) -> int:
+    from listener.answers import as_json, console, show_timeline
+
+    timelines = _answer(options, lambda history: history.call(options.id))
+    if options.output == "json":
+        print(as_json(timelines))
+    else:
+        for timeline in timelines:
+            show_timeline(timeline, console())
+    if not timelines:
+        print(f"listener: no call is known as {options.id}; `listener calls` lists them", file=sys.stderr)
+    return OK if timelines else NEGATIVE
+
+
+def _coverage(options: argparse.Namespace) -> int:
+    from listener.answers import as_json, console, show_coverage
+
+    coverage = _answer(
+        options,
+        lambda history: history.coverage(
+            since=options.since, until=options.until, accounts=options.account, tenant=options.tenant
+        ),
+    )
+    if options.output == "json":
+        print(as_json(coverage))
+    else:
+        show_coverage(coverage, console(), gaps_only=options.gaps)
+    return OK if coverage.stretches else NEGATIVE
+
+
+# ── The daemon, the simulator, the demo ───────────────────────────────────────────────────────────────
+
+
+def _run(options: argparse.Namespace) -> int:
+    from listener.daemon import run
+
+    settings = _settings(options)
+    if not settings.accounts:
+        raise SettingsError(
+            "there is no account to listen to: write a listener.toml after deploy/listener.example.toml, "
+            "or see it all work with `make demo`"
+        )
+    run(settings, reread=lambda: _settings(options))
+    return OK
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    import signal
+
+    from listener.simulator.centre import Simulator, run_simulator
+    from listener.simulator.settings import SimulatorSettings
+
+    faults = {}
+    for given in options.fault:
+        name, _, share = given.partition("=")
+        try:
+            faults[name] = float(share)
+        except ValueError:
+            raise SettingsError(f"--fault {given}: write it as --fault drop_mid_reply=0.01") from None
+    settings = SimulatorSettings(
+        accounts=options.accounts,
+        rate=options.rate,
+        seed=options.seed,
+        dialect=options.dialect,
+        calls_per_account=options.calls_per_account,
+        port=options.port,
+        csrf=options.csrf,
+        ack=not options.no_ack,
+        websocket=not options.no_websocket,
+        faults=faults,
+    )
+
+    def ready(simulator: Simulator) -> None:
+        logins = list(simulator.accounts)
+        there = {"url": simulator.url, "accounts": len(logins), "first": logins[0], "last": logins[-1]}
+        print(json.dumps(there | {"password": settings.password}), flush=True)
+
+    async def play() -> dict[str, Any]:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, stop.set)
+        loop.add_signal_handler(signal.SIGTERM, stop.set)
+        truth = await run_simulator(
+            settings, stop=stop, seconds=options.seconds, playing=not options.idle, on_ready=ready
+        )
+        told = truth.as_json()
+        return {key: told[key] for key in ("sent", "accepted", "unsubscribed", "undelivered", "outcomes")}
+
+    print(json.dumps(asyncio.run(play())))
+    return OK
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from listener.demo import Demo
+
+    given = options.seconds if options.seconds is not None else os.environ.get("DEMO_SECONDS")
+    try:
+        seconds = float(given) if given else None
+    except ValueError:
+        raise SettingsError(f"DEMO_SECONDS={given}: write a number of seconds, such as 20") from None
+    return Demo(options.directory, seconds=seconds, accounts=options.accounts, rate=options.rate).run()
+
+
+# ── Words ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with examples kept as they are written."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"formatter_class": layout, "allow_abbrev": False, **kwargs})
+
+
+def _shared(*, top: bool) -> _Parser:
+    """Options for before and after the command; one that is not given after it leaves what was before."""
+
+    def default(value: Any) -> Any:
+        return value if top else argparse.SUPPRESS
+
+    shared = _Parser(add_help=False)
+    group = shared.add_argument_group("for every command")
+    group.add_argument(
+        "-c",
+        "--config",
+        type=Path,
+        metavar="FILE",
+        default=default(None),
+        help="the settings; else LISTENER_CONFIG, ./listener.toml, /etc/listener/listener.toml, the demo's",
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        dest="set" if top else "set_after",
+        metavar="KEY=VALUE",
+        default=[],
+        help="set one setting, such as operations.port=9464; may be repeated",
+    )
+    group.add_argument(
+        "--secrets-dir", type=Path, metavar="DIR", default=default(None), help="else LISTENER_SECRETS_DIR"
+    )
+    group.add_argument(
+        "--debug", action="store_true", default=default(False), help="show where a failure comes from"
+    )
+    return shared
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the whole command line."""
+    root = _Parser(prog="listener", description=DESCRIPTION, epilog=EPILOG, parents=[_shared(top=True)])
+    root.add_argument("--version", action="version", version=f"listener {__version__}")
+    commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    shared = _shared(top=False)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], help_: str, more: str = ""
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=help_, description=help_[0].upper() + help_[1:] + ".", epilog=more, parents=[shared]
+        )
+        added.set_defaults(run=run)
+        return added
+
+    command("run", _run, "listen until told to stop (SIGTERM, Ctrl-C); SIGHUP reads the accounts again")
+
+    demo = command(
+        "demo",
+        _demo,
+        "see it work: a simulated contact centre, heard live, then checked",
+        "examples:\n"
+        "  listener demo                until Ctrl-C\n"
+        "  listener demo --seconds 20   ends by itself; exit code 1 if anything that was sent is missing\n",
+    )
+    demo.add_argument(
+        "--seconds", type=float, help="end after so long; else DEMO_SECONDS, else Ctrl-C ends it"
+    )
+    demo.add_argument(
+        "--directory", type=Path, default=Path(".demo"), metavar="DIR", help="where all of it is kept (.demo)"
+    )
+    demo.add_argument("--accounts", type=int, default=40, help="accounts (40)")
+    demo.add_argument(
+        "--rate", type=float, default=50.0, help="notifications per second, of all accounts (50)"
+    )
+
+    simulate = command(
+        "simulate",
+        _simulate,
+        "be a contact centre on loopback, with scripted calls",
+        "It prints its address as a JSON line, and at its end what it sent. GET /simulator/truth and\n"
+        "/simulator/stats tell the same over HTTP; POST /simulator/faults makes something go wrong.\n\n"
+        "example:\n  listener simulate --port 8090 --accounts 3 --rate 10 --fault drop_mid_reply=0.01\n",
+    )
+    simulate.add_argument("--port", type=int, default=0, help="where to listen on 127.0.0.1 (any free port)")
+    simulate.add_argument("--accounts", type=int, default=20, help="accounts: agent5000, agent5001, … (20)")
+    simulate.add_argument("--rate", type=float, default=50.0, help="notifications per second (50)")
+    simulate.add_argument("--seed", type=int, default=1, help="the same seed says the same (1)")
+    simulate.add_argument("--seconds", type=float, help="play so long, let the calls end, and leave")
+    simulate.add_argument(
+        "--dialect",
+        default="mixed",
+        help="v2, v2-strings, v2-connid, v3, or mixed (mixed)",
+    )
+    simulate.add_argument(
+        "--calls-per-account", type=int, default=1, help="calls of one account at a time (1)"
+    )
+    simulate.add_argument("--no-ack", action="store_true", help="without CometD's acknowledgement extension")
+    simulate.add_argument("--no-websocket", action="store_true", help="long-polling only")
+    simulate.add_argument("--csrf", action="store_true", help="ask for a CSRF token, as GWS can")
+    simulate.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="a fault at random; may be repeated",
+    )
+    simulate.add_argument("--idle", action="store_true", help="play nothing until POST /simulator/play")
+
+    decode = command(
+        "decode",
+        _decode,
+        "say what messages normalise to, or why they are not recognised; JSON lines",
+        "A file holds one JSON document, a JSON array of messages, or JSON lines of either. All of them are\n"
+        "taken as of one account, so that later ones continue the calls of earlier ones. Exit code 1 if any\n"
+        "was not recognised.\n\nexample:\n  listener decode message.json | jq .steps[].changes\n",
+    )
+    decode.add_argument(
+        "file", nargs="?", default="-", metavar="FILE", help="a file, or - for standard input"
+    )
+
+    _questions(command)
+
+    database = command("db", _db, "make or update the tables, or say which version they have")
+    database.add_argument(
+        "action",
+        choices=("upgrade", "current"),
+        help="upgrade brings them up to date; current is 1 if they are not",
+    )
+
+    command(
+        "check-config",
+        _check_config,
+        "check the settings without connecting anywhere; name every problem with its line and cure",
+    )
+    return root
+
+
+def _questions(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that read what was stored."""
+
+    def output(to: argparse.ArgumentParser) -> None:
+        to.add_argument("-o", "--output", choices=("table", "json"), default="table", help="how (table)")
+
+    def period(to: argparse.ArgumentParser) -> None:
+        to.add_argument(
+            "--since",
+            type=_moment,
+            metavar="WHEN",
+            help="90m, 1h, 2d ago, or a time such as 2026-03-02T14:00",
+        )
+        to.add_argument("--until", type=_moment, metavar="WHEN", help="likewise; up to now where not given")
+        to.add_argument("--account", action="append", default=[], help="an account by name; may be repeated")
+        to.add_argument("--tenant", help="the accounts of one tenant")
+
+    calls = command(
+        "calls",
+        _calls,
+        "list calls: who, with whom, how long, and how it ended",
+        "Below the list stands which share of the time was observed: no call and nobody listening differ.\n"
+        "Participants who left before the call ended are in brackets. Exit code 1 if there is none.\n\n"
+        "examples:\n"
+        "  listener calls --number 5001 --since 1h         to or from 5001, or with it on the call\n"
+        "  listener calls --live                           what goes on now\n"
+        "  listener calls --since 2026-03-02T08:00 --until 2026-03-02T18:00 --account agent5001 -o json\n",
+    )
+    period(calls)
+    calls.add_argument(
+        "--number", help="a whole number: of the account, the other party, or anybody on the call"
+    )
+    calls.add_argument("--number-ends", metavar="DIGITS", help="the last digits of one")
+    calls.add_argument("--state", help="Ringing, Dialing, Established, Held, Released, Completed, …")
+    calls.add_argument("--live", action="store_true", help="only those that go on now")
+    calls.add_argument("--limit", type=int, default=50, help="how many, up to 1000, newest first (50)")
+    calls.add_argument("--after", metavar="PLACE", help="go on where a list before ended")
+    output(calls)
+
+    call = command(
+        "call",
+        _call,
+        "tell all that happened on a call: every message and what it changed",
+        "Exit code 1 if no call is known by that id.\n\nexample:\n  listener call 4711\n",
+    )
+    call.add_argument(
+        "id", metavar="ID", help="its id in the list, or any id that the contact centre gave it"
+    )
+    output(call)
+
+    coverage = command(
+        "coverage",
+        _coverage,
+        "tell when each account was observed, and when not and why",
+        "examples:\n  listener coverage --since 1d --gaps\n  listener coverage --account agent5001 -o json\n",
+    )
+    period(coverage)
+    coverage.add_argument("--gaps", action="store_true", help="only when it was not observed")
+    output(coverage)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit code. Never raises for a failure that we know."""
+    if hasattr(sys.stdout, "reconfigure"):
+        # What was heard is shown whatever the terminal's encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    options = parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        code = run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read us has seen enough (`| head`). Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if options.debug:
+            raise
+        return _failed(error)
+    return code
+
+
+def _failed(error: Exception) -> int:
+    """Say what went wrong in one sentence (of several problems, one each), and give the exit code."""
+    for line in str(error).splitlines() if isinstance(error, ListenerError) else ():
+        print(f"listener: {line}", file=sys.stderr)
+    match error:
+        case SettingsError():
+            return USAGE
+        case StoreError():
+            return STORE
+        case RemoteError():
+            return REMOTE
+        case ListenerError():
+            return NEGATIVE
+        case _:
+            said = f"{type(error).__name__}: {error}"
+            print(f"listener: a defect of ours: {said}; --debug shows where", file=sys.stderr)
+            return INTERNAL

@@ -1,0 +1,393 @@
+"""The command line: what is printed where, and with which exit code."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from listener import __version__, cli
+from listener.cli import decoded_lines, main, moment, parser, split_messages
+from listener.errors import (
+    ListenerError,
+    LoginRefused,
+    RemoteUnavailable,
+    SchemaOutdated,
+    SettingsError,
+    StoreUnavailable,
+)
+
+NOON = datetime(2026, 3, 2, 12, tzinfo=UTC)
+
+COMMANDS = ("run", "demo", "simulate", "decode", "calls", "call", "coverage", "db", "check-config")
+
+
+@pytest.fixture(autouse=True)
+def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty directory, with no setting of the machine's."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("LISTENER_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("listener.settings.CONFIG_FILES", (Path("listener.toml"),))
+
+
+def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+# ── Help ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` lists the commands with what they are for, examples, and the exit codes."""
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"\n    {command}" in text
+    assert "exit codes:" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command explains itself and its options."""
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 10
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--version` says which."""
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"listener {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"], ["run", "--loud"], ["calls", "--since", "teatime"]])
+def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What is not understood is said on standard error, with exit code 2."""
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == cli.USAGE
+    assert "error: " in capsys.readouterr().err
+
+
+def test_help_starts_fast() -> None:
+    """`--help` and `decode` import neither the database nor the web: a person waits for them."""
+    script = (
+        "import sys; from listener.cli import main\n"
+        "main(['decode', sys.argv[1]])\n"
+        "heavy = {'sqlalchemy', 'asyncpg', 'aiohttp', 'pydantic', 'rich', 'alembic', 'prometheus_client'}\n"
+        "sys.exit(' '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, os.devnull], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_options_may_stand_before_and_after_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is given before the command is not undone after it."""
+    config = tmp_path / "a.toml"
+    config.write_text("[log]\nlevel = 'loud'\n")
+    code, _, said = _run(capsys, "-c", str(config), "check-config", "--set", "log.format=x")
+    assert code == cli.USAGE
+    assert f"{config}:2" in said
+    assert "flag --set log.format" in said
+    code, _, said = _run(capsys, "--set", "log.level=x", "check-config", "--set", "log.format=x")
+    assert "log.level" in said
+    assert "log.format" in said
+    assert parser().parse_args(["--debug", "check-config"]).debug
+    assert parser().parse_args(["check-config", "--debug"]).debug
+
+
+# ── Failures ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SettingsError("cause; cure"), 2),
+        (StoreUnavailable("cause; cure"), 3),
+        (SchemaOutdated("cause; cure"), 3),
+        (LoginRefused("cause; cure"), 4),
+        (RemoteUnavailable("cause; cure"), 4),
+        (ListenerError("cause; cure"), 1),
+    ],
+)
+def test_known_failures_are_a_sentence_and_a_code(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each kind of failure has its exit code, and is one sentence without a traceback."""
+
+    def fail(options: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_check_config", fail)
+    assert _run(capsys, "check-config") == (code, "", "listener: cause; cure\n")
+    with pytest.raises(type(error)):
+        main(["check-config", "--debug"])
+
+
+def test_a_defect_is_said_to_be_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What should not happen is called a defect, with the way to see more."""
+
+    def fail(options: object) -> int:
+        return 1 // 0
+
+    monkeypatch.setattr(cli, "_check_config", fail)
+    code, out, said = _run(capsys, "check-config")
+    assert (code, out) == (cli.INTERNAL, "")
+    assert said.startswith("listener: a defect of ours: ZeroDivisionError: ")
+    assert "--debug" in said
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C is no failure to explain."""
+
+    def interrupt(options: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_check_config", interrupt)
+    assert _run(capsys, "check-config") == (cli.INTERRUPTED, "", "")
+
+
+def test_a_reader_that_leaves_early(tmp_path: Path) -> None:
+    """`listener decode … | head -1` ends quietly."""
+    messages = tmp_path / "messages"
+    messages.write_text('{"call": {"id": "c", "state": "Ringing"}}\n' * 20_000)
+    command = [sys.executable, "-m", "listener", "decode", str(messages)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.readline()
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 0
+
+
+# ── Configuration ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_check_config_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings that can be run with are "ok", with what is in them."""
+    (tmp_path / "listener.toml").write_text(
+        "[environments.a]\nbase_url = 'http://a'\n"
+        "[[accounts]]\nenvironment = 'a'\nlogin = 'x'\npassword = 'p'\n"
+        "[[accounts]]\nenvironment = 'a'\nlogin = 'y'\npassword = 'p'\n"
+    )
+    assert _run(capsys, "check-config") == (0, "ok: 1 environments, 2 accounts\n", "")
+
+
+def test_check_config_names_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings that cannot be run with are named line by line, with exit code 2."""
+    (tmp_path / "listener.toml").write_text("[log]\nlevel = 'x'\n[stor]\n")
+    code, out, said = _run(capsys, "check-config")
+    assert (code, out) == (2, "")
+    assert [line.partition(": ")[2].partition(": ")[0] for line in said.splitlines()] == [
+        "listener.toml:2",
+        "listener.toml:3",
+    ]
+
+
+def test_a_flag_without_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    """--set wants KEY=VALUE, and says so."""
+    code, _, said = _run(capsys, "check-config", "--set", "log.level")
+    assert code == cli.USAGE
+    assert "--set section.key=value" in said
+
+
+def test_run_without_accounts(capsys: pytest.CaptureFixture[str]) -> None:
+    """With nothing to listen to, `run` says how to begin."""
+    code, _, said = _run(capsys, "run")
+    assert code == cli.USAGE
+    assert "deploy/listener.example.toml" in said
+
+
+def test_simulate_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> None:
+    """A fault without a share, an unknown one and an unknown dialect are refused."""
+    for arguments in (["--fault", "delay"], ["--fault", "sunspots=1"], ["--dialect", "latin"]):
+        code, out, said = _run(capsys, "simulate", "--seconds", "0.1", *arguments)
+        assert (code, out) == (cli.USAGE, "")
+        assert said.startswith("listener: ")
+
+
+def test_simulate_says_where_it_is_and_what_it_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    """`simulate --seconds` prints its address first and its account of itself last, as JSON lines."""
+    code, out, _ = _run(capsys, "simulate", "--seconds", "0.2", "--rate", "100", "--accounts", "3")
+    assert code == 0
+    there, told = map(json.loads, out.splitlines())
+    assert there["url"].startswith("http://127.0.0.1:")
+    assert (there["first"], there["last"]) == ("agent5000", "agent5002")
+    assert told["sent"] >= 20
+    assert told["unsubscribed"] == told["sent"]
+
+
+# ── Times ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("now", NOON),
+        ("90s", NOON - timedelta(seconds=90)),
+        ("1.5h", NOON - timedelta(minutes=90)),
+        ("2d", NOON - timedelta(days=2)),
+        ("2w", NOON - timedelta(days=14)),
+        ("2026-03-01T10:00Z", datetime(2026, 3, 1, 10, tzinfo=UTC)),
+        ("2026-03-01T10:00+02:00", datetime(2026, 3, 1, 8, tzinfo=UTC)),
+        ("2026-03-01", datetime(2026, 3, 1).astimezone(UTC)),
+    ],
+)
+def test_times(text: str, meant: datetime) -> None:
+    """So long ago, or a moment, which is local time unless it says otherwise."""
+    assert moment(text, NOON) == meant
+
+
+@pytest.mark.parametrize(
+    "text", ["", "h", "1y", "-1h", "99999999999d", "2026-13-01", "0001-01-01T00:00+14:00"]
+)
+def test_times_that_are_none(text: str) -> None:
+    """Anything else is refused with examples of what to write."""
+    with pytest.raises(ValueError, match=r"write 90m, 1h, 2d|too long ago"):
+        moment(text, NOON)
+
+
+# ── decode ────────────────────────────────────────────────────────────────────────────────────────────
+
+RINGING = (
+    b'{"messageType":"CallStateChangeMessage","notificationType":"StatusChange",'
+    b'"call":{"id":"c","state":"Ringing"}}'
+)
+TALKING = RINGING.replace(b"Ringing", b"Established")
+
+
+@pytest.mark.parametrize(
+    ("content", "messages"),
+    [
+        (b"", []),
+        (b"\n \n", []),
+        (RINGING, [RINGING]),
+        (b"\xef\xbb\xbf" + RINGING + b"\r\n", [RINGING]),
+        (
+            json.dumps(json.loads(RINGING), indent=2).encode(),
+            [json.dumps(json.loads(RINGING), indent=2).encode()],
+        ),
+        (b"[" + RINGING + b" , " + TALKING + b"]", [RINGING, TALKING]),
+        (b"[]", []),
+        (RINGING + b"\n\n" + TALKING + b"\n", [RINGING, TALKING]),
+        (b"[" + RINGING + b"]\n[" + TALKING + b"]", [RINGING, TALKING]),
+        (RINGING + b"\nnonsense\n" + TALKING, [RINGING, b"nonsense", TALKING]),
+        (b"{'single':\n'quotes'}", [b"{'single':\n'quotes'}"]),
+        (b"\xff\xfe", [b"\xff\xfe"]),
+    ],
+)
+def test_where_a_message_ends(content: bytes, messages: list[bytes]) -> None:
+    """One document, an array, or lines of either; exact bytes; what is no JSON is one message."""
+    assert split_messages(content) == messages
+
+
+def test_decode_follows_a_call() -> None:
+    """Messages of one file continue each other: the second changes the call that the first opened."""
+    first, second = decoded_lines([RINGING, TALKING], NOON)
+    assert first["decoded"]["state"] == "Ringing"
+    assert first["steps"][0]["began"]
+    assert second["steps"][0]["changes"] == (
+        {"field": "state", "before": "Ringing", "after": "Established", "key": ""},
+    )
+    assert second["steps"][0]["call"]["id"] == first["steps"][0]["call"]["id"]
+
+
+def test_decode_says_why_not(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What is not recognised is said with its reason; exit code 1, also when the rest was."""
+    path = tmp_path / "messages"
+    path.write_bytes(RINGING + b'\n{"a": 1}\n')
+    code, out, said = _run(capsys, "decode", str(path))
+    recognised, other = map(json.loads, out.splitlines())
+    assert (code, said) == (cli.NEGATIVE, "")
+    assert recognised["kind"] == "notification"
+    assert other["kind"] == "unrecognised"
+    assert other["reason"]
+
+
+def test_decode_reads_standard_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a file, and with "-", standard input is read."""
+    for arguments in ([], ["-"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(RINGING)))
+        code, out, _ = _run(capsys, "decode", *arguments)
+        assert code == 0
+        assert json.loads(out)["decoded"]["call_id"] == "c"
+
+
+def test_decode_of_a_file_that_cannot_be_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing file, a directory, and one that is too large are each refused in a sentence."""
+    large = tmp_path / "large"
+    large.write_bytes(b"x" * 100)
+    monkeypatch.setattr(cli, "DECODE_BYTES_MAX", 99)
+    for name, part in {
+        "none": "No such file",
+        str(tmp_path): "Is a directory",
+        str(large): "larger than 99 bytes",
+    }.items():
+        code, out, said = _run(capsys, "decode", name)
+        assert (code, out) == (cli.USAGE, "")
+        assert part in said
+
+
+_JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(st.binary() | _JSON.map(lambda value: json.dumps(value).encode()))
+def test_decode_is_total(content: bytes) -> None:
+    """Whatever the bytes: lines of JSON, and no traceback."""
+    for line in decoded_lines(split_messages(content), NOON):
+        assert json.loads(json.dumps(line))["kind"] in {"notification", "snapshot", "aside", "unrecognised"}
+
+
+# ── db ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_tables_are_made_and_named(empty_database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`db current` is 1 on an empty database and says the cure; `db upgrade` is that, and can be repeated."""
+    dsn = ["--set", f"store.dsn={empty_database}"]
+    code, out, said = _run(capsys, "db", "current", *dsn)
+    assert (code, out) == (cli.NEGATIVE, "empty\n")
+    assert "listener db upgrade" in said
+    code, out, _ = _run(capsys, "db", "upgrade", *dsn)
+    assert code == 0
+    assert out.startswith("empty -> ")
+    revision = out.split()[-1]
+    assert _run(capsys, "db", "upgrade", *dsn) == (0, f"{revision}, nothing to do\n", "")
+    assert _run(capsys, "db", "current", *dsn) == (0, f"{revision}\n", "")
+
+
+def test_a_database_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """No server at the address is 3; no bundled server's directory is 3 with the ways to make one."""
+    code, out, said = _run(capsys, "db", "current", "--set", "store.dsn=postgresql://x@127.0.0.1:1/x")
+    assert (code, out) == (cli.STORE, "")
+    assert said.startswith("listener: PostgreSQL does not answer")
+    code, out, said = _run(capsys, "db", "current")
+    assert (code, out) == (cli.STORE, "")
+    assert "`listener run` makes one, `make demo` one to try" in said

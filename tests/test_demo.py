@@ -1,0 +1,264 @@
+"""The demo: its arithmetic, its comparison, and one whole run of the real command."""
+
+import hashlib
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from listener.core.calls import Call, Direction, Outcome, Party, Source
+from listener.demo import lost, missing, pulse, quantile, scrape, total
+from listener.metrics import Metrics
+from listener.store.embedded import Embedded
+from listener.store.history import Kept
+
+NOON = datetime(2026, 3, 2, 12, tzinfo=UTC)
+
+HISTOGRAM = """\
+# HELP x_seconds Something.
+# TYPE x_seconds histogram
+x_seconds_bucket{le="0.001"} 10.0
+x_seconds_bucket{le="0.01"} 90.0
+x_seconds_bucket{le="1"} 100.0
+x_seconds_bucket{le="+Inf"} 100.0
+x_seconds_count 100.0
+x_seconds_sum 1.5
+"""
+
+
+def test_scrape_reads_what_our_metrics_write() -> None:
+    """Every sample of the text format is found, with and without labels."""
+    metrics = Metrics()
+    metrics.accounts(7)
+    metrics.gap("session lost", 2.5)
+    scraped = scrape(metrics.text())
+    assert total(scraped, "listener_accounts") == 7
+    assert total(scraped, "listener_gap_seconds_total", cause="session lost") == 2.5
+    assert total(scraped, "listener_gap_seconds_total") == 2.5
+    samples = [line for line in metrics.text().splitlines() if line and not line.startswith("#")]
+    assert len(scraped) == len(samples)
+
+
+@pytest.mark.parametrize(
+    ("share", "seconds"), [(0.05, 0.0005), (0.1, 0.001), (0.5, 0.0055), (0.9, 0.01), (0.95, 0.505), (1, 1)]
+)
+def test_quantiles_as_promql_has_them(share: float, seconds: float) -> None:
+    """A quantile lies within its bucket, in proportion."""
+    assert quantile(share, {}, scrape(HISTOGRAM), "x_seconds") == pytest.approx(seconds)
+
+
+def test_quantiles_are_of_what_came_between() -> None:
+    """What was observed before the first scrape does not count; of nothing there is no quantile."""
+    before = scrape(HISTOGRAM)
+    after = {
+        sample: value + (sample[0].endswith("_bucket") and ("le", "0.001") not in sample[1])
+        for sample, value in before.items()
+    }
+    assert quantile(0.5, before, after, "x_seconds") == pytest.approx(0.0055)
+    assert quantile(0.5, before, before, "x_seconds") is None
+    assert quantile(0.5, {}, {}, "x_seconds") is None
+
+
+def test_a_value_beyond_all_buckets() -> None:
+    """The last finite bound is what can be said of it."""
+    beyond = scrape('x_seconds_bucket{le="1"} 0.0\nx_seconds_bucket{le="+Inf"} 4.0\n')
+    assert quantile(0.5, {}, beyond, "x_seconds") == 1
+
+
+def test_the_pulse_is_of_the_window() -> None:
+    """Notifications per second are those between the first and last scrape."""
+    first = scrape('listener_notifications_total{type="StatusChange"} 100.0\n')
+    last = scrape(
+        'listener_notifications_total{type="StatusChange"} 150.0\n'
+        'listener_notifications_total{type="aside"} 10.0\n'
+        'listener_sessions{state="up"} 3.0\nlistener_sessions{state="waiting"} 1.0\nlistener_accounts 4.0\n'
+    )
+    now = pulse([(10.0, first), (12.0, last)])
+    assert (now.heard, now.per_second, now.up, now.accounts, now.lag_ms) == (160, 30.0, 3, 4, None)
+    assert pulse([(10.0, first)]).per_second == 0
+
+
+# ── What is missing ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _digest(*raw: bytes) -> str:
+    return hashlib.sha256(b"".join(each + b"\n" for each in raw)).hexdigest()
+
+
+def _call(**other: Any) -> Call:
+    fields: dict[str, Any] = {
+        "id": 1,
+        "account": 1,
+        "call_id": "c1",
+        "aliases": ("c1",),
+        "state": "Released",
+        "state_since": NOON,
+        "opened_at": NOON,
+        "last_heard_at": NOON,
+        "direction": Direction.OUTBOUND,
+        "opened_by": Source.COMETD,
+        "parties": (Party(0, "5002", "", "", "", NOON, NOON),),
+        "user_data": {"Key": ["a", "b"], "Other": 1},
+        "outcome": Outcome.ANSWERED,
+        "hold_count": 1,
+        "notifications": 4,
+        "settled": "released",
+    }
+    return Call(**(fields | other))
+
+
+def _truth(**call: Any) -> dict[str, Any]:
+    script = {
+        "account": "agent",
+        "script": "dial_answered",
+        "dialect": "v2",
+        "call_id": "c1",
+        "aliases": ["c1"],
+        "direction": "outbound",
+        "final_state": "Released",
+        "outcome": "answered",
+        "hold_count": 1,
+        "parties": ["5002"],
+        "user_data": [["Key", "a"], ["Other", 1], ["Key", "b"]],
+        "recording": None,
+        "notifications": 4,
+        "accepted": 4,
+        "finished": True,
+    }
+    account = {"sent": 5, "accepted": 4, "digest": _digest(b"1", b"2", b"3", b"4")}
+    return {"accounts": {"agent": account}, "calls": [script | call]}
+
+
+KEPT = {"agent": Kept(4, _digest(b"1", b"2", b"3", b"4"))}
+
+
+def test_nothing_is_missing() -> None:
+    """What was heard as it was sent is no difference; messages that nobody was subscribed to do not count."""
+    assert missing(_truth(), KEPT, {"agent": [_call()]}) == []
+    assert lost(_truth(), KEPT) == 0
+
+
+@pytest.mark.parametrize(
+    ("kept", "part", "count"),
+    [
+        ({}, "4 notifications were sent, 0 are stored", 4),
+        ({"agent": Kept(3, "")}, "4 notifications were sent, 3 are stored", 1),
+        ({"agent": Kept(5, "")}, "4 notifications were sent, 5 are stored", 0),
+        (
+            {"agent": Kept(4, _digest(b"1", b"3", b"2", b"4"))},
+            "not the bytes that were sent, in their order",
+            0,
+        ),
+    ],
+)
+def test_missing_notifications(kept: dict[str, Kept], part: str, count: int) -> None:
+    """Too few, too many, and others than were sent are each named, by account."""
+    (problem,) = missing(_truth(), kept, {"agent": [_call()]})
+    assert problem.startswith("agent: ")
+    assert part in problem
+    assert lost(_truth(), kept) == count
+
+
+@pytest.mark.parametrize(
+    ("other", "part"),
+    [
+        ({"call_id": "c2"}, "is not there"),
+        ({"notifications": 3}, "notifications should be 4, is 3"),
+        ({"state": "Held"}, "state should be Released, is Held"),
+        ({"outcome": Outcome.UNANSWERED}, "outcome should be answered, is unanswered"),
+        ({"direction": Direction.INBOUND}, "direction should be outbound, is inbound"),
+        ({"hold_count": 0}, "hold count should be 1, is 0"),
+        ({"parties": ()}, "participants should be ['5002'], is []"),
+        ({"recording": "Recording"}, "recording should be None, is Recording"),
+        ({"user_data": {"Key": "b", "Other": 1}}, "attached data should be"),
+    ],
+)
+def test_a_call_that_is_not_as_it_was(other: dict[str, Any], part: str) -> None:
+    """Each figure of a call that differs from the script is named."""
+    (problem,) = missing(_truth(), KEPT, {"agent": [_call(**other)]})
+    assert problem.startswith("agent: call c1 (dial_answered, v2)")
+    assert part in problem
+
+
+@pytest.mark.parametrize("script", [{"finished": False}, {"accepted": 3}])
+def test_a_call_that_nobody_could_know_whole(script: dict[str, Any]) -> None:
+    """A call that goes on, or part of which was said to nobody, is not compared."""
+    assert missing(_truth(**script), KEPT, {}) == []
+
+
+# ── Whole ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """A directory for a demo; its server and all its files are gone afterwards."""
+    yield tmp_path / "demo"
+    if (tmp_path / "demo").exists():
+        Embedded(tmp_path / "demo" / "postgres").destroy()
+
+
+def _command(directory: Path, *more: str) -> list[str]:
+    options = ["--directory", str(directory), "--accounts", "6", "--rate", "60"]
+    return [sys.executable, "-m", "listener", "demo", *options, *more]
+
+
+def test_a_whole_demo(directory: Path) -> None:
+    """It starts everything, loses nothing, says so, and can be asked afterwards."""
+    done = subprocess.run(
+        _command(directory, "--seconds", "2"), capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    heard = re.search(r"^notifications +(\d+) heard and stored, of 6 accounts$", done.stdout, re.MULTILINE)
+    assert heard is not None
+    assert int(heard[1]) >= 100
+    assert re.search(r"^lost +0$", done.stdout, re.MULTILINE)
+    assert re.search(r"^wire to commit +p50 [\d.]+ ms, p99 [\d.]+ ms$", done.stdout, re.MULTILINE)
+    config = ["-c", str(directory / "listener.toml")]
+    asked = subprocess.run(
+        [sys.executable, "-m", "listener", "calls", *config, "--number", "5001", "--since", "1h"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    assert "agent5001" in asked.stdout
+
+
+def test_interrupted_in_a_terminal(directory: Path) -> None:
+    """On a terminal the table moves; Ctrl-C lets the calls end and checks; nothing is left running."""
+    ours, theirs = pty.openpty()
+    environ = os.environ | {"COLUMNS": "100", "LINES": "30", "TERM": "xterm"}
+    shown, interrupted, deadline = b"", False, time.monotonic() + 50
+    with subprocess.Popen(
+        _command(directory), stdin=theirs, stdout=theirs, stderr=theirs, env=environ
+    ) as demo:
+        os.close(theirs)
+        while time.monotonic() < deadline:
+            if select.select([ours], [], [], 0.2)[0]:
+                try:
+                    shown += os.read(ours, 65536)
+                except OSError:  # the other side is closed
+                    break
+            if not interrupted and shown.count(b"participants") > 3:
+                demo.send_signal(signal.SIGINT)
+                interrupted = True
+        os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert demo.returncode == 0, text
+    assert "sessions up 6/6" in text
+    assert "agent5001" in text
+    assert re.search(r"^lost +0\r$", text, re.MULTILINE)
+    left = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+    assert [words for words in left if words and str(directory) in " ".join(words)] == []
