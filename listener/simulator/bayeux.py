@@ -287,7 +287,7 @@ class Broker:
 
         `alone` is false when it came with other messages: then it is never held."""
         if session is None or session.ended:
-            return self._unknown(message), None
+            return self.unknown(message), None
         session.expires_at = 0.0
         advice = message.get("advice")
         advice = advice if isinstance(advice, dict) else {}
@@ -339,7 +339,7 @@ class Broker:
             reply["advice"] = {**reply.get("advice", {}), "reconnect": "none"}
             return reply, []
         if session.ended:
-            return self._unknown(reply), []
+            return self.unknown(reply), []
         most = self.settings.reply_messages_max if transport == LONG_POLLING else 0
         batch, messages = session.take(most)
         if session.ack:
@@ -351,7 +351,7 @@ class Broker:
         """Answer any message that is neither a handshake nor a /meta/connect."""
         channel = message.get("channel")
         if session is None or session.ended:
-            return self._unknown(message)
+            return self.unknown(message)
         if session.expires_at:
             session.expires_at = max(session.expires_at, now + self.settings.max_interval_ms / 1000)
         if channel == "/meta/subscribe":
@@ -425,9 +425,10 @@ class Broker:
             reply["error"] = error
         return reply
 
-    def _unknown(self, message: dict[str, Any]) -> Reply:
+    def unknown(self, message: dict[str, Any]) -> Reply:
+        """What a message of an unknown client is answered with; a reply will do for the message."""
         reply = self._reply(message, error="402::session_unknown")
-        if message.get("channel") == "/meta/connect":
+        if message.get("channel") in ("/meta/connect", "/meta/handshake"):
             reply["advice"] = {"interval": 0, "reconnect": "handshake"}
         return reply
 

@@ -78,6 +78,14 @@ class Exchange:
         if self.session is not None and not self.session.ack:
             self.session.ledger.abandon(self.data)
 
+    def forget(self, broker: Broker) -> None:
+        """Let the session be unknown, and the answer say so."""
+        self.lost()
+        self.data = []
+        self.replies = [broker.unknown(reply) for reply in self.replies]
+        if self.session is not None:
+            broker.remove(self.session, "forgotten")
+
     def misadvise(self, fault: ArmedFault, broker: Broker) -> None:
         """Replace the advice of every reply by what the fault says."""
         for reply in self.replies:
@@ -171,8 +179,6 @@ class Transports:
         timer = loop.call_later(hold_s, self._release, session, hold, "timeout")
         closing = self.closing
         try:
-            if closing.is_set():
-                raise Abort
             reason = await hold
         finally:
             timer.cancel()
@@ -200,6 +206,8 @@ class Transports:
                 await asyncio.sleep(fault.seconds)
             case Fault.ADVICE | Fault.ADVICE_NULL | Fault.STRING_INTERVAL:
                 exchange.misadvise(fault, self.broker)
+            case Fault.UNKNOWN_CLIENT:
+                exchange.forget(self.broker)
             case Fault.NULL_ITEMS:
                 exchange.delivered()
                 return _json(b"[null," + exchange.compose()[1:-1] + b",null]")
@@ -383,10 +391,10 @@ class _WebSocketEndpoint:
         elif not exchange.writable:
             exchange.lost()
             raise Abort
-        for frame in self._frames(data):
+        for frame in self._frames(exchange.data):
             await self._socket.send_frame(frame, WSMsgType.TEXT)
-        if replies:
-            await self._socket.send_frame(msgspec.json.encode(replies), WSMsgType.TEXT)
+        if exchange.replies:
+            await self._socket.send_frame(msgspec.json.encode(exchange.replies), WSMsgType.TEXT)
         exchange.delivered()
 
     def _frames(self, data: list[Message]) -> list[bytes]:
@@ -402,6 +410,9 @@ class _WebSocketEndpoint:
                 return
             case Fault.ADVICE | Fault.ADVICE_NULL | Fault.STRING_INTERVAL:
                 exchange.misadvise(fault, self._broker)
+                return
+            case Fault.UNKNOWN_CLIENT:
+                exchange.forget(self._broker)
                 return
             case Fault.NULL_ITEMS:
                 await self._socket.send_frame(b"[null]", WSMsgType.TEXT)

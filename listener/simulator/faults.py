@@ -42,6 +42,8 @@ class Fault(StrEnum):
     """The advice has its interval as text."""
     ADVICE = "advice"
     """The reply carries the given `advice`; reconnect none or handshake ends the session too."""
+    UNKNOWN_CLIENT = "unknown_client"
+    """The session is forgotten and the exchange answered 402."""
     HTTP_STATUS = "http_status"
     """HTTP `status` with a GWS error body."""
 

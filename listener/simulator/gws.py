@@ -14,7 +14,7 @@ import asyncio
 import base64
 import binascii
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from random import Random
@@ -161,7 +161,7 @@ class GwsServer:
             cancelled = isinstance(error, asyncio.CancelledError)
             await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
 
-    def spawn(self, work: Any) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine until it is done or the server stops."""
         task = self._tasks.create_task(work)
         self._background.add(task)
@@ -214,10 +214,9 @@ class GwsServer:
     async def restart(self, down_s: float = 0.0) -> None:
         """Stop as a killed server does, stay away so many seconds, and come back on the same port with
         no session, no cookie and no token of before. Calls go on meanwhile, unheard."""
-        for session in list(self.broker.sessions.values()):
-            self.broker.remove(session, "forgotten")
-        self._http_sessions.clear()
         await self._stop_listening()
+        self.forget()
+        self._http_sessions.clear()
         self.restarts += 1
         if down_s:
             await asyncio.sleep(down_s)

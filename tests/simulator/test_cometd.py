@@ -284,6 +284,7 @@ async def test_the_browser_cookie_binds_the_session(start: Start, clients: Clien
         client = clients(simulator)
         await client.open()
         thief = clients(simulator)
+        await thief.open()
         thief.client_id = client.client_id
         assert (await thief.connect())["error"] == "402::session_unknown"
         client.http.cookie_jar.clear()
@@ -391,6 +392,8 @@ async def test_websocket_without_ack_does_not_wait(start: Start, clients: Client
         socket = await Socket.open(client, ack=False)
         await socket.ask(client.connect_message())
         await socket.send(client.connect_message())
+        session = simulator.gws.broker.sessions[client.client_id]
+        await until(lambda: session.expires_at == 0)
         say(simulator, 1)
         assert (await socket.receive())[0]["data"] == {"n": 1}
         say(simulator, 2)

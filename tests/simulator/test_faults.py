@@ -166,6 +166,26 @@ async def test_forgotten_sessions(start: Start, clients: Clients) -> None:
         assert (await other.connect(timeout=0))["successful"]
 
 
+@pytest.mark.parametrize("websocket", [False, True])
+async def test_an_exchange_may_lose_its_session(start: Start, clients: Clients, websocket: bool) -> None:
+    """The connect is answered 402 instead, its messages are lost with the session, and the truth says so."""
+    async with start() as simulator:
+        client = clients(simulator)
+        socket = await Socket.open(client) if websocket else None
+        await (socket.ask(client.connect_message()) if socket else client.open())
+        say(simulator, 1)
+        simulator.faults.arm("unknown_client")
+        asked = client.connect_message()
+        reply = await (socket.ask(asked) if socket else client.ask(asked))
+        assert reply["error"] == "402::session_unknown"
+        assert reply["advice"]["reconnect"] == "handshake"
+        assert heard(client) == []
+        assert not simulator.gws.broker.sessions
+        assert simulator.truth().accounts[LOGIN].undelivered == (1,)
+        if socket:
+            await socket.socket.close()
+
+
 async def test_oversized(start: Start, clients: Clients) -> None:
     """One notification of the wanted size, which is a call of its own in the truth."""
     async with start() as simulator:

@@ -65,6 +65,8 @@ async def test_a_wrong_password_is_refused(start: Start, clients: Clients) -> No
         assert (await get(client, "/api/v2/me"))[0] == 403
         del client.http.headers["Authorization"]
         assert (await get(client, "/api/v2/me"))[0] == 403
+        bearer = {"Authorization": f"Bearer {simulator.accounts[LOGIN].token}"}
+        assert (await get(client, "/api/v2/me", headers=bearer))[0] == 403
 
 
 async def test_basic_or_bearer_gives_a_session(start: Start, clients: Clients) -> None:
