@@ -99,7 +99,7 @@ class _Body(Struct, gc=False):
     statusCode: Any = None  # noqa: N815
     statusMessage: Any = None  # noqa: N815
     phoneNumber: str | None = None  # noqa: N815
-    extensions: JsonObject | None = None
+    extensions: Any = None
     metrics: _Metrics | None = None
     id: str | int | None = None
     state: str | None = None
@@ -206,8 +206,7 @@ def _notification(
         dialect = "v3"
     notification_type = around.notificationType or ""
     user_data = None if call.userData is _NO_RAW else _user_data(call.userData, oddities)
-    if around.extensions:
-        _keys(around.extensions)
+    extensions = None if around.extensions is None else _extensions(around.extensions, oddities)
     parent = call.parentCallPath or call.parentCallUri
     device = call.deviceUri or call.devicePath
     monitoring_state = call.supervisorMonitoringState
@@ -244,7 +243,7 @@ def _notification(
         monitored_user_muted=call.monitoredUserMuted,
         monitoring=call.monitoring,
         supervisor_monitoring_state=None if monitoring_state is None else monitoring_state.state,
-        extensions=around.extensions,
+        extensions=extensions,
         server_at=None if around.metrics is None else _server_at(around.metrics, oddities),
         dialect=dialect,
         oddities=_bounded(oddities) if oddities else (),
@@ -357,6 +356,17 @@ def _from_pairs(pairs: list[tuple[str, Any]], oddities: list[Anomaly]) -> JsonOb
             result[key] = several
             oddities.append(Anomaly("duplicate_key", f"userData {key!r} came {len(several)} times"))
     return result
+
+
+def _extensions(value: Any, oddities: list[Anomaly]) -> JsonObject | None:
+    """What T-Server adds to an event: an object, in v3 a list of pairs like userData."""
+    _keys(value)
+    if type(value) is dict:
+        return value
+    if type(value) is list:
+        return _from_pairs(_key_values(value, oddities), oddities)
+    oddities.append(Anomaly("malformed_field", f"extensions is {_kind(value)}, not an object"))
+    return None
 
 
 def _key_values(items: list[Any], oddities: list[Anomaly]) -> list[tuple[str, Any]]:
@@ -485,7 +495,7 @@ class _Coercion:
             "devices": self._raw,
             "statusCode": self._any,
             "statusMessage": self._any,
-            "extensions": self._object,
+            "extensions": self._any,
             "metrics": self._metrics,
             "participants": self._participants,
             "participantsInfo": self._participants_info,

@@ -143,6 +143,16 @@ def test_what_is_missing_is_none() -> None:
     assert not heard.user_data_emptied
 
 
+def test_extensions_may_be_pairs() -> None:
+    """v3 spells what has keys and values as a list of pairs; where it stands in the call it is not ours."""
+    pairs = [{"key": "WrapUpTime", "type": "int", "value": 15}]
+    heard = notification(bayeux(in_data(resource(extensions=pairs), extensions=pairs)))
+    assert heard.extensions == {"WrapUpTime": 15}
+    assert heard.oddities == ()
+    odd = notification(bayeux(in_data(resource(), extensions="x")))
+    assert (odd.extensions, kinds(odd)) == (None, ["malformed_field"])
+
+
 def test_supervisor_fields() -> None:
     """They are read where they are, in both shapes of the monitoring state; `false` is not absence."""
     heard = notification(
