@@ -132,19 +132,19 @@ async def test_the_first_connect_is_answered_at_once_and_the_next_is_held(
     start: Start, clients: Clients
 ) -> None:
     """The first returns immediately, the second at the server's timeout, or at the client's."""
-    async with start(timeout_ms=300) as simulator:
+    async with start(timeout_ms=600) as simulator:
         client = clients(simulator)
         loop = asyncio.get_running_loop()
         begun = loop.time()
         await client.open()
-        assert loop.time() - begun < 0.25
+        assert loop.time() - begun < 0.5
         begun = loop.time()
         assert (await client.connect())["successful"]
-        assert 0.28 < loop.time() - begun < 1.0
+        assert 0.58 < loop.time() - begun < 5
         begun = loop.time()
         reply = await client.connect(timeout=0)
-        assert loop.time() - begun < 0.25
-        assert reply["advice"]["timeout"] == 300
+        assert loop.time() - begun < 0.5
+        assert reply["advice"]["timeout"] == 600
 
 
 async def test_advice_is_sent_once(start: Start, clients: Clients) -> None:
@@ -341,13 +341,13 @@ async def test_a_session_without_connects_expires(start: Start, clients: Clients
 async def test_connects_keep_a_session_alive(start: Start, clients: Clients) -> None:
     """With the old acknowledgement and timeout 0, a client that cannot store keeps its session and loses
     nothing."""
-    async with start(max_interval_ms=200, sweep_period_ms=20) as simulator:
+    async with start(max_interval_ms=500, sweep_period_ms=20) as simulator:
         client = clients(simulator)
         await client.open()
         say(simulator, 1)
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        while loop.time() - begun < 0.6:
+        while loop.time() - begun < 1.2:
             await client.post(client.connect_message(timeout=50))
         await client.connect()
         assert heard(client) == [1]
