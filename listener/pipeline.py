@@ -128,6 +128,7 @@ class Pipeline:
     async def _write(self, number: int) -> None:
         queue, filled = self._queues[number], self._filled[number]
         while True:
+            _end_if_cancelled()
             await filled.wait()
             taken: list[_Waiting] = []
             size = 0
@@ -151,6 +152,7 @@ class Pipeline:
             try:
                 recorded = await self._journal.record(entries)
             except StoreUnavailable as error:
+                _end_if_cancelled()
                 self.available = False
                 self._observer.store_failed(error)
                 await self._pause(wait_s)
@@ -172,3 +174,11 @@ class Pipeline:
         else:
             self._idle.set()
         self._observer.backlog(self.backlog_notifications, self.backlog_bytes)
+
+
+def _end_if_cancelled() -> None:
+    """A driver may answer a cancellation with the failure of the connection that it broke. Nobody cancels
+    twice, so a task that took it for a failure would go on for ever."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -2,17 +2,23 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from typing import Any, Protocol
 
+import asyncpg
 import pytest
 
-from listener.core.calls import Entry, Heard, Recorded
+from listener.core.calls import Cover, Entry, Heard, Recorded
 from listener.core.decode import decode
 from listener.errors import StoreUnavailable
 from listener.pipeline import RETRY_S, RETRY_S_MAX, Pipeline
-from tests.support.memory import MemoryJournal, Said, until
+from listener.store.journal import AccountRow, Journal
+from tests.support.memory import HEARD_AT, MemoryJournal, Said, until
+from tests.support.outage import Fragile, fragile, fragile_database
+
+__all__ = ["fragile", "fragile_database"]
 
 
 class Counts:
@@ -76,6 +82,154 @@ def line(account: int, *, padding: int = 0) -> Said:
 def entries(heard: list[Heard]) -> list[Entry]:
     """The messages as the pipeline hands them to a journal."""
     return [Entry(each, decode(each.raw, each.channel)) for each in heard]
+
+
+# ── The exam of a journal ─────────────────────────────────────────────────────────────────────────────
+
+
+class Candidate(Protocol):
+    """A journal with the accounts 1 and 2, and a way to look at what it holds and to take it away."""
+
+    journal: Any
+
+    async def stored(self, account: int) -> list[tuple[str, int, bytes]]:
+        """Stream, position and bytes of what is stored of an account, in order."""
+
+    async def present(self, account: int) -> str:
+        """The cause that the coverage of an account has now."""
+
+    async def away(self) -> None:
+        """Takes it away."""
+
+    async def back(self) -> None:
+        """Brings it back."""
+
+
+class InMemory:
+    """The journal of the scheduling tests."""
+
+    def __init__(self) -> None:
+        self.journal = MemoryJournal()
+
+    async def stored(self, account: int) -> list[tuple[str, int, bytes]]:
+        """As `Candidate`."""
+        return [(one.stream, one.position, one.raw) for one in self.journal.stored(account)]
+
+    async def present(self, account: int) -> str:
+        """As `Candidate`."""
+        return [cover.cause for cover in self.journal.covers if cover.account == account][-1]
+
+    async def away(self) -> None:
+        """As `Candidate`."""
+        self.journal.available = False
+
+    async def back(self) -> None:
+        """As `Candidate`."""
+        self.journal.available = True
+
+
+class InPostgres:
+    """The real one."""
+
+    def __init__(self, journal: Journal, fragile: Fragile, dsn: str) -> None:
+        self.journal = journal
+        self._fragile = fragile
+        self._dsn = dsn
+
+    async def stored(self, account: int) -> list[tuple[str, int, bytes]]:
+        """As `Candidate`."""
+        rows = await self._fetch(
+            "SELECT stream_id, position, raw FROM notification WHERE account_id = $1 ORDER BY id", account
+        )
+        return [(str(row[0]), row[1], row[2]) for row in rows]
+
+    async def present(self, account: int) -> str:
+        """As `Candidate`."""
+        (row,) = await self._fetch(
+            "SELECT cause FROM coverage WHERE account_id = $1 AND until IS NULL", account
+        )
+        return str(row[0])
+
+    async def _fetch(self, statement: str, account: int) -> list[Any]:
+        connection = await asyncpg.connect(self._dsn)
+        try:
+            return list(await connection.fetch(statement, account))
+        finally:
+            await connection.close()
+
+    async def away(self) -> None:
+        """As `Candidate`."""
+        await self._fragile.stop()
+
+    async def back(self) -> None:
+        """As `Candidate`."""
+        await self._fragile.start()
+
+
+@pytest.fixture
+async def real_journal(fragile_database: str) -> AsyncIterator[Journal]:
+    """A journal on a server that may be stopped, with the accounts 1 and 2."""
+    async with await Journal.open(fragile_database) as journal:
+        found = await journal.register([AccountRow(name, "", "lab") for name in ("ada", "bob")])
+        assert found == {"ada": 1, "bob": 2}
+        yield journal
+
+
+@pytest.fixture(params=["memory", "postgresql"])
+def candidate(request: pytest.FixtureRequest) -> Candidate:
+    """Each journal that the pipeline is tested with."""
+    if request.param == "memory":
+        return InMemory()
+    journal = request.getfixturevalue("real_journal")
+    return InPostgres(
+        journal, request.getfixturevalue("fragile"), request.getfixturevalue("fragile_database")
+    )
+
+
+def places(heard: list[Heard]) -> list[tuple[str, int, bytes]]:
+    """What a journal must hold of these messages."""
+    return [(one.stream, one.position, one.raw) for one in heard]
+
+
+async def test_a_journal_stores_each_place_once_and_equal_messages_twice(candidate: Candidate) -> None:
+    """A message that comes again is left out and counted; an equal one at another place is another fact."""
+    said, other = line(1), line(2)
+    heard, foreign = said.next(3), other.next(2)
+    first = await candidate.journal.record(entries([*heard, *foreign]))
+    again = await candidate.journal.record(entries([*heard[1:], *said.next(1)]))
+    twin = Heard(1, str(uuid.uuid4()), 1, HEARD_AT, heard[0].channel, heard[0].raw)
+    third = await candidate.journal.record(entries([twin]))
+    assert (len(first.entries), first.duplicates) == (5, 0)
+    assert ([one.heard.position for one in again.entries], again.duplicates) == ([4], 2)
+    assert (len(third.entries), third.duplicates) == (1, 0)
+    assert await candidate.stored(1) == [*places(heard), *places(said.said[3:]), *places([twin])]
+    assert await candidate.stored(2) == places(foreign)
+
+
+async def test_a_journal_that_is_away_stores_nothing_and_takes_the_same_later(candidate: Candidate) -> None:
+    """`StoreUnavailable` means: nothing of it is stored, hand it in again."""
+    heard = line(1).next(3)
+    await candidate.away()
+    try:
+        with pytest.raises(StoreUnavailable):
+            await candidate.journal.record(entries(heard))
+        with pytest.raises(StoreUnavailable):
+            await candidate.journal.cover([Cover(1, HEARD_AT)])
+    finally:
+        await candidate.back()
+    assert await candidate.stored(1) == []
+    recorded = await candidate.journal.record(entries(heard))
+    assert (len(recorded.entries), recorded.duplicates) == (3, 0)
+    assert await candidate.stored(1) == places(heard)
+
+
+async def test_a_journal_takes_the_turns_of_coverage_in_order(candidate: Candidate) -> None:
+    """The last turn of an account is what is true of it."""
+    turns_of_both = [Cover(1, HEARD_AT), Cover(2, HEARD_AT), Cover(1, HEARD_AT, "disconnected")]
+    await candidate.journal.cover(turns_of_both)
+    assert (await candidate.present(1), await candidate.present(2)) == ("disconnected", "")
+    await candidate.journal.cover([Cover(1, HEARD_AT)])
+    assert await candidate.present(1) == ""
 
 
 # ── Order and grouping ────────────────────────────────────────────────────────────────────────────────
@@ -256,6 +410,98 @@ async def test_a_bug_in_the_journal_ends_the_pipeline_and_acknowledges_nothing()
     assert caught.group_contains(ZeroDivisionError)
     assert committed == []
     assert pipeline.backlog_notifications == 1
+
+
+async def test_nothing_is_lost_or_doubled_when_postgresql_goes_and_comes_back(
+    fragile: Fragile, real_journal: Journal, fragile_database: str
+) -> None:
+    """While the real store is stopped and started, twice, two accounts go on talking; all of it is stored
+    once and in order, and acknowledged after its commit."""
+    counts = Counts()
+    pipeline = Pipeline(real_journal, counts, batch_max=50)
+    lines = [line(1), line(2)]
+    committed: list[tuple[int, int]] = []
+    candidate = InPostgres(real_journal, fragile, fragile_database)
+
+    async def talk(deliveries: int) -> None:
+        for _ in range(deliveries):
+            for each in lines:
+                heard = each.next(3)
+                await pipeline.hear(heard, partial(committed.append, (each.account, heard[-1].position)))
+            await asyncio.sleep(0)
+
+    async with running(pipeline):
+        for _ in range(2):
+            await talk(20)
+            async with fragile.away():
+                await talk(20)
+                await until(lambda: not pipeline.available)
+                acknowledged = len(committed)
+                await talk(20)
+                assert len(committed) == acknowledged
+                assert pipeline.backlog_notifications > 0
+            async with asyncio.timeout(20):
+                await pipeline.drain()
+            assert pipeline.available
+    for each in lines:
+        assert await candidate.stored(each.account) == places(each.said)
+        done = [position for account, position in committed if account == each.account]
+        assert done == list(range(3, 3 * 120 + 1, 3))
+    assert len(counts.failures) >= 2
+    assert max(counts.recorded_sizes) <= 50
+
+
+async def test_a_commit_whose_answer_was_lost_is_not_stored_twice(
+    real_journal: Journal, fragile: Fragile, fragile_database: str
+) -> None:
+    """The transaction committed and its connection died before we knew: handed in again, it adds nothing."""
+    counts = Counts()
+    said = line(1)
+
+    class AnswerLost:
+        """The real journal, of whose first answer nothing is heard."""
+
+        lost = 0
+
+        async def record(self, batch: Sequence[Entry]) -> Recorded:
+            """Commits; then the connection is gone."""
+            recorded = await real_journal.record(batch)
+            if not self.lost:
+                self.lost += 1
+                raise StoreUnavailable("The connection was lost after the commit.")
+            return recorded
+
+    pipeline = Pipeline(AnswerLost(), counts)
+    committed: list[bool] = []
+    async with running(pipeline):
+        await pipeline.hear(said.next(3), lambda: committed.append(True))
+        async with asyncio.timeout(10):
+            await pipeline.drain()
+    assert committed == [True]
+    assert counts.recorded_sizes == [0]
+    assert await InPostgres(real_journal, fragile, fragile_database).stored(1) == places(said.said)
+
+
+async def test_a_cancellation_that_a_driver_answers_with_a_failure_still_ends_the_pipeline() -> None:
+    """asyncpg may turn a cancellation into the failure of the connection that it broke: nobody would cancel
+    again, so a pipeline that tried once more would never end."""
+
+    class Swallowing(MemoryJournal):
+        async def record(self, entries: object) -> Recorded:  # noqa: ARG002 - the signature is the journal's
+            self.attempts += 1
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise StoreUnavailable("The connection was closed in the middle of a statement.") from None
+            raise AssertionError
+
+    journal = Swallowing()
+    pipeline = Pipeline(journal, Counts(), writers=1)
+    committed: list[bool] = []
+    async with asyncio.timeout(5), running(pipeline):
+        await pipeline.hear(line(1).next(), lambda: committed.append(True))
+        await until(lambda: journal.attempts == 1)
+    assert (journal.attempts, committed) == (1, [])
 
 
 # ── The bound of what waits ───────────────────────────────────────────────────────────────────────────

@@ -43,16 +43,17 @@ class Said:
         self.stream = stream
         self.position = 0
         self.at = at
+        self.said: list[Heard] = []
+        """All of it."""
         self._padding = padding
 
     def next(self, count: int = 1) -> list[Heard]:
         """The next so many messages."""
-        heard = []
         for _ in range(count):
             self.position += 1
             raw = message(f"{self.account}-{self.position}", padding=self._padding)
-            heard.append(Heard(self.account, self.stream, self.position, self.at, CHANNEL, raw))
-        return heard
+            self.said.append(Heard(self.account, self.stream, self.position, self.at, CHANNEL, raw))
+        return self.said[-count:]
 
 
 class MemoryJournal:
