@@ -15,11 +15,13 @@ needs no network (numbers refer to the Bayeux specification 1.0 and the CometD r
 - **Time is in milliseconds** in `advice`, fields that are absent keep their last value, null is absent.
 - **No storm.** Every failure waits longer than the last, with jitter and a cap; a handshake that succeeds
   does not reset this, a connection that lasts does. For the first seconds retries stay dense, because the
-  server still keeps the session (`maxInterval`, 10 s by default).
-- **Nothing silent.** A refused subscription, a lost session, a server that says "none": each is a fact, is
-  tried again slowly, and counts as a gap until every channel is subscribed again.
+  server still keeps the session (`maxInterval`, 10 s by default). A server that answers every connect at
+  once and with nothing is asked less often too.
+- **Nothing silent.** A refused subscription, a lost session, a connect or handshake that is denied: each is
+  a fact, is tried again slowly, and counts as a gap until every channel is subscribed again.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Any
@@ -69,9 +71,22 @@ class Limits(Struct, frozen=True):
     malformed_max: int = 3
     """After so many unreadable answers in a row the session is given up, so that one message that cannot be
     delivered does not hold back all that follow it."""
+    vain_max: int = 3
+    """After so many connects in a row that were answered at once and with nothing, the next ones wait, up to
+    `retry_dense_s_max`: the server's own timeout, which should hold them, is missing or 0."""
 
 
 DEFAULT_LIMITS = Limits()
+
+KEEP_ALIVE_SHARE = 0.4
+"""Of an advised maxInterval: the most that a session stays silent, so that one lost request costs nothing."""
+
+ADVICE_MS_MAX = 10**15
+"""Times beyond this are this: a JSON number can be too large for a float."""
+
+DEEP_BYTES_MAX = 4 * 1024 * 1024
+"""The largest answer that is taken apart by hand because it nests too deep for the decoder; that takes about
+a second. A larger one is malformed."""
 
 
 class Failure(StrEnum):
@@ -169,7 +184,8 @@ class Resumed(Struct, frozen=True):
 
 
 class Refused(Struct, frozen=True):
-    """The server wants no more of us ("none"), for the reason in `error`; tried again after `retry_s`."""
+    """The server grants no session, or wants no more of us ("none"), for the reason in `error`; tried again
+    after `retry_s`."""
 
     error: str
     retry_s: float
@@ -212,7 +228,9 @@ def split(body: bytes) -> list[bytes]:
     """
     try:
         return [bytes(raw) for raw in _ITEMS.decode(body)]
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+    except RecursionError:
+        return _split_deep(body)
+    except (msgspec.MsgspecError, UnicodeError) as error:
         if body.lstrip()[:1] == b"{":
             try:
                 _OBJECT.decode(body)
@@ -224,6 +242,39 @@ def split(body: bytes) -> list[bytes]:
 
 
 _ITEMS = msgspec.json.Decoder(list[Raw])
+_ITEM = msgspec.json.Decoder(Raw)
+_MARK = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},]', re.DOTALL)
+
+
+def _split_deep(body: bytes) -> list[bytes]:
+    """As `split`, for what nests deeper than the decoder goes: there brackets are counted and no more."""
+    if len(body) > DEEP_BYTES_MAX:
+        raise ValueError(f"no JSON array of messages: nested too deep, in more than {DEEP_BYTES_MAX} bytes")
+    items: list[bytes] = []
+    depth = start = end = 0
+    for mark in _MARK.finditer(body):
+        text = mark[0]
+        if text in b"[{":
+            depth += 1
+            if depth == 1:
+                start = mark.end()
+        elif text in b"]}":
+            depth -= 1
+        if (text == b"," and depth == 1) or depth == 0:
+            items.append(body[start : mark.start()].strip())
+            start = end = mark.end()
+        if depth == 0:
+            break
+    if depth or body[end:].strip() or body.lstrip()[:1] != b"[":
+        raise ValueError("no JSON array of messages: its brackets do not match")
+    for item in items:
+        try:
+            _ITEM.decode(item)
+        except RecursionError:
+            continue
+        except (msgspec.MsgspecError, UnicodeError) as error:
+            raise ValueError(f"no JSON array of messages: {error}") from None
+    return items
 
 
 class Session:
@@ -238,15 +289,17 @@ class Session:
     __slots__ = (  # thousands of sessions live in one process, and a dict costs more than all their values
         "_acknowledged",
         "_acknowledged_position",
-        "_advice_timeout_s",
+        "_asked",
         "_batches",
         "_channels",
         "_committed",
+        "_connected_at",
         "_connecting",
         "_cursor",
         "_failing_since",
         "_failures",
         "_first_connect",
+        "_fruitful",
         "_gap",
         "_gap_since",
         "_goodbye",
@@ -257,15 +310,19 @@ class Session:
         "_login_due",
         "_login_refusals",
         "_malformed",
+        "_max_interval_s",
+        "_may_be_held",
         "_message_id",
         "_not_before",
         "_offered",
         "_polling_old",
         "_refusals",
         "_resubscribe_at",
+        "_server_timeout_s",
         "_stopped",
         "_subscribed",
         "_unanswered",
+        "_vain",
         "_vouched",
         "ack",
         "client_id",
@@ -296,11 +353,17 @@ class Session:
         self._refusals = 0
         self._message_id = 0
         self._unanswered: set[str] = set()
-        self._advice_timeout_s = limits.timeout_s
+        self._asked: dict[str, str] | None = None
+        self._server_timeout_s = limits.timeout_s
+        self._max_interval_s = float("inf")
         self._interval_s = 0.0
         self._login_due = False
         self._first_connect = True
         self._connecting = False
+        self._connected_at = now
+        self._may_be_held = False
+        self._fruitful = False
+        self._vain = 0
         self._polling_old = False
         self._batches: list[tuple[Any, int]] = []
         self._acknowledged: Any = None
@@ -363,8 +426,8 @@ class Session:
 
     @property
     def timeout_s(self) -> float:
-        """How long the server holds a connect, as advised."""
-        return self._advice_timeout_s
+        """How long the server holds a connect: what it advised, or less where we ask for less."""
+        return min(self._server_timeout_s, self.limits.timeout_s_max)
 
     def committed(self, position: int) -> None:
         """Everything up to `position` of the present session is durable and may be acknowledged."""
@@ -413,7 +476,9 @@ class Session:
         due = [channel for channel in missing if self._resubscribe_at.get(channel, now) <= now]
         if due and not self._first_connect:
             messages = [{"clientId": self.client_id, "subscription": channel} for channel in due]
-            return self._send(SUBSCRIBE, messages, self.limits.request_s)
+            send = self._send(SUBSCRIBE, messages, self.limits.request_s)
+            self._asked = {message["id"]: message["subscription"] for message in messages}
+            return send
         return self._connect(now, [self._resubscribe_at.get(channel, now) for channel in missing])
 
     def _handshake(self) -> Send:
@@ -434,21 +499,25 @@ class Session:
         # Before the first subscription there is nothing to hear, and a long poll would hold it up.
         idle = not self._first_connect and not self._channels
         if waiting or idle:
-            due = self._last_contact + self.limits.keep_alive_s
+            advised_s = max(self.limits.retry_s, self._max_interval_s * KEEP_ALIVE_SHARE)
+            due = self._last_contact + min(self.limits.keep_alive_s, advised_s)
             if now < due:
                 return Sleep(due)
-        hold_s = self._advice_timeout_s
-        if waiting or idle or self._first_connect:
+        hold_s = self.timeout_s
+        self._may_be_held = not (waiting or idle or self._first_connect)
+        if not self._may_be_held:
             hold_s = 0.0
         elif resubscribe_at:
             hold_s = min(hold_s, max(0.0, min(resubscribe_at) - now))
-        if hold_s < self._advice_timeout_s:
+        if hold_s < self._server_timeout_s:
             message["advice"] = {"timeout": round(hold_s * 1000)}
         if self.ack:
             message["ext"] = {"ack": -1 if self._acknowledged is None else self._acknowledged}
             self._cursor = self._acknowledged_position
             self._polling_old = waiting
         self._connecting = True
+        self._connected_at = now
+        self._fruitful = False
         return self._send(CONNECT, [message], hold_s + self.limits.network_delay_s)
 
     def _send(self, channel: str, messages: list[dict[str, Any]], timeout_s: float) -> Send:
@@ -465,37 +534,52 @@ class Session:
     def received(self, items: list[bytes], now: float) -> list[Fact]:
         """Messages from the server, as `split` gave them: an answer, or frames that came unasked."""
         self._last_contact = now
-        self._malformed = 0
-        new: list[tuple[str, bytes]] = []
-        odd: list[tuple[str, bytes]] = []
-        first = self.position + 1
-        redelivered = 0
+        messages: list[tuple[_Reply | None, bytes]] = []
         replies: list[_Reply] = []
+        facts: list[Fact] = []
         for raw in items:
+            item: _Reply | None
             try:
                 item = _REPLY.decode(raw)
             except (msgspec.MsgspecError, UnicodeError, RecursionError):
                 item = _tolerant(raw)
-            if item.channel.startswith("/meta/"):
+            if item is None or not item.channel.startswith("/meta/"):
+                messages.append((item, raw))
+            elif item.channel == HANDSHAKE:
+                self._replied(item, now, facts)  # first: what comes with it is the new session's
+            else:
                 replies.append(item)
-            elif item.channel and item.data is not UNSET and (self._connecting or not self.ack):
-                if self._counts_as_new():
-                    new.append((item.channel, raw))
-                elif not self._polling_old:
-                    redelivered += 1
-            elif item.data is not UNSET or item.successful is None:
-                odd.append((item.channel, raw))
-        facts: list[Fact] = []
-        if new or odd or redelivered:
-            facts.append(Delivered(first, new, redelivered, tuple(odd)))
-        # Data first: the number in a connect's reply covers the data that came with it.
+        if messages:
+            self._take(messages, now, facts)
+        # Data before these: the number in a connect's reply covers the data that came with it.
         for reply in replies:
             self._replied(reply, now, facts)
-        if self.client_id is not None:
-            self._vouched = now
         return facts
 
+    def _take(self, messages: list[tuple[_Reply | None, bytes]], now: float, facts: list[Fact]) -> None:
+        """Tells what is new among these, each with its position."""
+        new: list[tuple[str, bytes]] = []
+        odd: list[tuple[str, bytes]] = []
+        first = self.position + 1
+        redelivered = 0
+        counted = self._connecting or not self.ack
+        for item, raw in messages:
+            channel = "" if item is None else item.channel
+            if counted and _in_queue(item, raw):
+                if self._counts_as_new():
+                    new.append((channel, raw))
+                elif not self._polling_old:
+                    redelivered += 1
+            elif item is None or item.data is not UNSET or item.successful is None:
+                odd.append((channel, raw))
+        if new:
+            self._fruitful = True
+            self._vouched = now
+        if new or odd or redelivered:
+            facts.append(Delivered(first, new, redelivered, tuple(odd)))
+
     def _replied(self, reply: _Reply, now: float, facts: list[Fact]) -> None:
+        self._malformed = 0
         if reply.id is None:
             self._unanswered.clear()  # `id` is optional; without it the answer is to what was asked last
         else:
@@ -528,10 +612,13 @@ class Session:
             return
         timeout = _seconds(advice.timeout)
         if timeout is not None:
-            self._advice_timeout_s = min(timeout, self.limits.timeout_s_max)
+            self._server_timeout_s = timeout
         interval = _seconds(advice.interval)
         if interval is not None:
             self._interval_s = min(interval, self.limits.interval_s_max)
+        max_interval = _seconds(advice.maxInterval)
+        if max_interval is not None:
+            self._max_interval_s = max_interval
 
     def _handshake_replied(self, reply: _Reply, now: float, facts: list[Fact]) -> None:
         if not reply.successful or not reply.clientId:
@@ -546,6 +633,7 @@ class Session:
         self._subscribed.clear()
         self._resubscribe_at.clear()
         self._first_connect = True
+        self._connecting = False
         self._polling_old = False
         self._handshaken_at = now
         types = reply.supportedConnectionTypes
@@ -555,9 +643,12 @@ class Session:
 
     def _connect_replied(self, reply: _Reply, now: float, facts: list[Fact]) -> None:
         self._connecting = False
+        if self.client_id is None:
+            return  # of a session that ended in this same answer
         if reply.successful is False:
             self._rejected(reply, now, facts, otherwise="retry")
             return
+        self._vouched = now
         if self.ack and not self._polling_old:
             number = reply.ext.get("ack") if isinstance(reply.ext, dict) else None
             if number is not None and self._cursor > self._acknowledged_position:
@@ -567,26 +658,43 @@ class Session:
         if self._failures == 0 or now - self._handshaken_at >= self.limits.lasting_s:
             self._failures = 0
             self._failing_since = None
-        if self._interval_s:
-            self._not_before = now + self._interval_s
-        if self._gap == "disconnected" and self._all_subscribed():
+        self._not_before = now + max(self._interval_s, self._vain_s(now))
+        if self._gap is not None and self._all_subscribed():
             facts.append(Unbroken() if self.ack else Resumed())
             self._gap = None
         self.observing = self._gap is None and self._all_subscribed()
 
+    def _vain_s(self, now: float) -> float:
+        """How long to wait because connects come back at once and with nothing."""
+        if self._fruitful or not self._may_be_held or now - self._connected_at >= self.limits.retry_s:
+            self._vain = 0
+            return 0.0
+        self._vain += 1
+        if self._vain <= self.limits.vain_max:
+            return 0.0
+        doubled = self.limits.retry_s * 2.0 ** min(self._vain - self.limits.vain_max, 20)
+        return min(self.limits.retry_dense_s_max, doubled)
+
     def _subscribe_replied(self, reply: _Reply, now: float, facts: list[Fact]) -> None:
-        listed = reply.subscription if isinstance(reply.subscription, list) else [reply.subscription]
+        named = reply.subscription
+        if named is None and self._asked is not None:
+            named = self._asked.get(str(reply.id))
+        listed = named if isinstance(named, list) else [named]
         channels = [each for each in listed if isinstance(each, str) and each in self._channels]
-        if reply.successful:
+        if reply.successful and channels:
+            self._vouched = now
             self._subscribed.update(channels)
             if self._all_subscribed():
                 self._refusals = 0
+                self._asked = None
                 self._gap = None
                 self.observing = True
                 facts.append(Subscribed())
             return
         error = reply.error or "refused without a reason"
-        if _code(error) in (401, 402):
+        if reply.successful:
+            error = "the server granted a channel that was not asked for"
+        elif _code(error) in (401, 402) or _unknown_client(error):
             self._rejected(reply, now, facts, otherwise="handshake")
             return
         self._refusals += 1
@@ -614,10 +722,10 @@ class Session:
         code = _code(error)
         reconnect = reply.advice.reconnect if reply.advice is not None else None
         if reconnect not in ("retry", "handshake", "none"):
-            reconnect = "handshake" if code == 402 or reply.channel == HANDSHAKE else otherwise
-        unknown_client = code == 402 or (code == 403 and "unknown" in error.lower())
+            reconnect = "handshake" if reply.channel == HANDSHAKE else otherwise
+        unknown_client = reply.channel != HANDSHAKE and _unknown_client(error)
         if unknown_client and reconnect == "retry":
-            reconnect = "handshake"  # a client that the server does not know gets nowhere by retrying
+            reconnect = "handshake"  # whatever was advised: who is not known gets nowhere by retrying
         if reconnect == "none":
             self._lose_session("session lost", error, facts)
             self._not_before = now + self.limits.refused_s
@@ -628,7 +736,11 @@ class Session:
             self._login_due = True
         if reconnect == "handshake":
             self._lose_session("session lost", error, facts)
+        else:
+            self._begin_gap("disconnected", error, facts)
         self._back_off(now)
+        if reply.channel == HANDSHAKE:
+            facts.append(Refused(error, self._not_before - now))
 
     def failed(self, failure: Failure, detail: str, now: float) -> list[Fact]:
         """The last `Send` or `Login` brought no answer that can be used; `detail` is for a person."""
@@ -697,12 +809,13 @@ class Session:
         self._not_before = now + max(wait * (0.5 + 0.5 * self._jitter()), self._interval_s)
 
 
-def _tolerant(raw: bytes) -> _Reply:
-    """Reads a message of which some field has an unexpected type; what cannot be read is as if absent."""
+def _tolerant(raw: bytes) -> _Reply | None:
+    """Reads a message of which some field has an unexpected type; such a field is as if absent. None for what
+    cannot be read at all."""
     try:
         fields = _OBJECT.decode(raw)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        return _Reply()
+        return None
     text = {
         name: fields[name] for name in ("channel", "error", "clientId") if isinstance(fields.get(name), str)
     }
@@ -721,6 +834,18 @@ def _tolerant(raw: bytes) -> _Reply:
     )
 
 
+def _in_queue(item: _Reply | None, raw: bytes) -> bool:
+    """Whether the server keeps such an item in the session's queue, so that it has a place there.
+
+    To count one that is not from the queue would shift all places after it, and lose messages; to miss one
+    that is would only have it come twice. So this is strict. What cannot be read is a message if it is an
+    object and cannot be a reply.
+    """
+    if item is None:
+        return raw[:1] == b"{" and b'"/meta/' not in raw
+    return bool(item.channel) and (item.data is not UNSET or item.successful is None)
+
+
 def _seconds(milliseconds: Any) -> float | None:
     """A time of an advice; some servers send it as text."""
     if isinstance(milliseconds, str):
@@ -730,7 +855,15 @@ def _seconds(milliseconds: Any) -> float | None:
             return None
     if isinstance(milliseconds, bool) or not isinstance(milliseconds, int | float):
         return None
-    return milliseconds / 1000 if 0 <= milliseconds < float("inf") else None
+    if not 0 <= milliseconds < float("inf"):
+        return None
+    return min(milliseconds, ADVICE_MS_MAX) / 1000
+
+
+def _unknown_client(error: str) -> bool:
+    """Whether the server does not know our clientId: CometD says 402, some balancers 403, faye 401."""
+    code = _code(error)
+    return code == 402 or (code in (401, 403) and "unknown" in error.lower())
 
 
 def _code(error: str) -> int:
