@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from listener.core.calls import Call
+from listener.core.calls import Call, Direction
 from listener.store.history import Altered, Coverage, Found, Moment, Page, Stretch, Timeline
 
 WIDTH_ELSEWHERE = 200
@@ -95,6 +95,18 @@ def _participants(call: Call) -> str:
     )
 
 
+def _from_to(call: Call) -> str:
+    """Who called whom; where the beginning was not heard, a dash says only that they are connected."""
+    own, other = call.phone_number or "?", call.number or "?"
+    match call.direction:
+        case Direction.OUTBOUND:
+            return f"{own} → {other}"
+        case Direction.INBOUND:
+            return f"{other} → {own}"
+        case Direction.UNKNOWN:
+            return f"{own} – {other}"
+
+
 def _state(call: Call) -> str:
     colour = _STATES.get(call.state, "dim" if not call.open else "white")
     return f"[{colour}]{escape(call.state)}[/]"
@@ -125,8 +137,8 @@ def _table(*columns: str, right: Iterable[str] = ()) -> Table:
 def show_calls(page: Page, out: Console) -> None:
     """Print calls, newest first, and below them what share of the time was observed."""
     table = _table(
-        "id", "began", "account", "direction", "number", "participants", "state", "ring", "talk", "outcome",
-        right=("id", "ring", "talk"),
+        "id", "began", "account", "call", "participants", "state", "ring", "talk", "hold", "outcome",
+        right=("id", "ring", "talk", "hold"),
     )  # fmt: skip
     for found in page.calls:
         call = found.call
@@ -134,12 +146,12 @@ def show_calls(page: Page, out: Console) -> None:
             str(call.id),
             _local(call.opened_at),
             escape(found.account),
-            call.direction,
-            escape(call.number or ""),
+            escape(_from_to(call)),
             escape(_participants(call)),
             _state(call),
             seconds(call.ring_s),
             seconds(call.talk_s),
+            seconds(call.hold_s) if call.hold_count else "",
             _outcome(call),
         )
     if page.calls:
@@ -174,7 +186,7 @@ def show_timeline(timeline: Timeline, out: Console) -> None:
 
 def _summary(found: Found) -> str:
     call = found.call
-    parts = [call.direction, escape(call.number or "unknown number"), _state(call)]
+    parts = [call.direction, escape(_from_to(call)), _state(call)]
     if outcome := _outcome(call):
         parts.append(outcome)
     figures = [
@@ -199,6 +211,11 @@ def _change(change: Altered) -> str:
     name = escape(f"{change.field} {change.key}".strip())
     if change.field == "participant":
         return f"participant {escape(change.key)} {'leaves' if change.after is None else 'joins'}"
+    if change.field == "capabilities":
+        before, after = set(change.before or ()), set(change.after or ())
+        moved = [f"+{each}" for each in sorted(after - before)]
+        moved += [f"-{each}" for each in sorted(before - after)]
+        return f"{name}: {escape(' '.join(moved))}"
     if change.before is None:
         return f"{name}: {escape(_value(change.after))}"
     if change.after is None:
@@ -207,10 +224,7 @@ def _change(change: Altered) -> str:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        text = " ".join(value)
-    else:
-        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
     return text if len(text) <= VALUE_CHARS_MAX else text[: VALUE_CHARS_MAX - 1] + "…"
 
 

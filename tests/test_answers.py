@@ -42,6 +42,7 @@ def _call(**other: Any) -> Call:
         "direction": Direction.OUTBOUND,
         "opened_by": Source.COMETD,
         "number": "5002",
+        "phone_number": "5001",
         "parties": (
             Party(0, "5002", "", "", "", NOON, LATER),
             Party(1, "[bold]5003", "", "", "RoleNewParty", NOON, NOON + timedelta(minutes=1)),
@@ -99,7 +100,7 @@ def test_a_list_of_calls() -> None:
     """A row says who, with whom, how long and how it ended; below stands what was observed."""
     text = _shown(show_calls, _page(_found(), observed=0.987, after="123-4711"))
     (row,) = [line for line in text.splitlines() if "4711" in line and "agent5001" in line]
-    words = "4711 12:00:00 agent5001 outbound 5002 5002, ([bold]5003) Released 4.2 s 2:05 answered"
+    words = "4711 12:00:00 agent5001 5001 → 5002 5002, ([bold]5003) Released 4.2 s 2:05 answered"
     assert " ".join(row.split()) == words
     assert "1 call; observed: 98.7 % of the time from 12:00:00 to 12:02:00" in text
     assert "there are more: --after 123-4711" in text
@@ -110,6 +111,19 @@ def test_no_calls_are_not_no_observation() -> None:
     assert _shown(show_calls, _page(observed=0.0)) == (
         "no calls; observed: 0 % of the time from 12:00:00 to 12:02:00\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("direction", "text"),
+    [
+        (Direction.OUTBOUND, "5001 → 5002"),
+        (Direction.INBOUND, "5002 → 5001"),
+        (Direction.UNKNOWN, "5001 – 5002"),
+    ],
+)
+def test_who_called_whom(direction: Direction, text: str) -> None:
+    """The arrow goes from who called to who was called; where that was not heard there is none."""
+    assert text in _shown(show_calls, _page(_found(direction=direction)))
 
 
 def test_an_inferred_end_is_said_to_be_one() -> None:
@@ -143,7 +157,7 @@ def test_a_timeline() -> None:
     )
     text = _shown(show_timeline, Timeline(_found(parent_call_id="uuid-0"), moments, 1.0))
     for part in (
-        "call 4711 of agent5001: outbound, 5002, Released, answered, ring 4.2 s, talk 2:05",
+        "call 4711 of agent5001: outbound, 5001 → 5002, Released, answered, ring 4.2 s, talk 2:05",
         "uuid-1, conn-1",
         "consult belongs to uuid-0",
         "5002 joined 12:00:00, left 12:02:00",
@@ -159,7 +173,7 @@ def test_a_timeline() -> None:
         "participant 5003 leaves",
         "user_data Segment: [red]Gold",
         "user_data Old: 1 is gone",
-        "capabilities: Hold → Retrieve Hangup",
+        "capabilities: +Hangup +Retrieve -Hold",
         "odd: unknown_state: Quantum",
         "observed: 100 %",
     ):

@@ -1,13 +1,16 @@
 """The command line: what is printed where, and with which exit code."""
 
+import asyncio
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from hypothesis import given
@@ -15,6 +18,8 @@ from hypothesis import strategies as st
 
 from listener import __version__, cli
 from listener.cli import decoded_lines, main, moment, parser, split_messages
+from listener.core.calls import Cover, Entry, Heard
+from listener.core.decode import decode as decoding
 from listener.errors import (
     ListenerError,
     LoginRefused,
@@ -23,6 +28,7 @@ from listener.errors import (
     SettingsError,
     StoreUnavailable,
 )
+from listener.store.journal import AccountRow, Journal
 
 NOON = datetime(2026, 3, 2, 12, tzinfo=UTC)
 
@@ -391,3 +397,152 @@ def test_a_database_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> Non
     code, out, said = _run(capsys, "db", "current")
     assert (code, out) == (cli.STORE, "")
     assert "`listener run` makes one, `make demo` one to try" in said
+
+
+# ── Questions ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _said(state: str, participants: str = '[{"phoneNumber":"5002"}]') -> bytes:
+    return (
+        b'{"messageType":"CallStateChangeMessage","notificationType":"StatusChange","phoneNumber":"5001","call":'
+        b'{"id":"uuid-1","callType":"Internal","state":"%s","participants":%s}}'
+    ) % (state.encode(), participants.encode())
+
+
+async def _remember(dsn: str, *messages: bytes) -> None:
+    """Store messages of one account, two seconds apart, the last just now; and that it was observed."""
+    async with await Journal.open(dsn) as journal:
+        account = (await journal.register([AccountRow("agent5001", "north", "prod")]))["agent5001"]
+        began = datetime.now(UTC) - timedelta(seconds=2 * len(messages))  # noqa: TID251 - "--since 1h" is real
+        await journal.cover([Cover(account, began)])
+        stream = str(uuid4())
+        entries = []
+        for position, raw in enumerate(messages, 1):
+            at = began + timedelta(seconds=2 * position)
+            entries.append(
+                Entry(
+                    Heard(account, stream, position, at, "/v2/me/calls", raw), decoding(raw, "/v2/me/calls")
+                )
+            )
+        await journal.record(entries)
+
+
+@pytest.fixture
+def remembered(database: str) -> list[str]:
+    """The flags that name a database in which one call of agent5001 with 5002 is stored."""
+    asyncio.run(_remember(database, _said("Dialing"), _said("Established"), _said("Released", "[]")))
+    return ["--set", f"store.dsn={database}"]
+
+
+def test_the_calls_to_a_number_and_who_was_on_them(
+    remembered: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The question of the README: a table with the participants, and the observed share below it."""
+    code, out, said = _run(capsys, "calls", "--number", "5002", "--since", "1h", *remembered)
+    assert (code, said) == (0, "")
+    (row,) = [line for line in out.splitlines() if "agent5001" in line]
+    assert "5001 → 5002" in row
+    assert "answered" in row
+    assert re.search(r"^1 call; observed: .* % of the time from ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--number", "5001"], True),
+        (["--number", "500"], False),
+        (["--number-ends", "02"], True),
+        (["--account", "agent5001"], True),
+        (["--account", "agent5009"], False),
+        (["--tenant", "north"], True),
+        (["--tenant", "south"], False),
+        (["--state", "Released"], True),
+        (["--state", "Held"], False),
+        (["--live"], False),
+        (["--until", "1h"], False),
+        (["--since", "now"], False),
+        (["--limit", "1"], True),
+    ],
+)
+def test_filters(
+    arguments: list[str], found: bool, remembered: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each filter chooses; an answer without a call is exit code 1, and still says what was observed."""
+    code, out, _ = _run(capsys, "calls", *arguments, *remembered)
+    assert code == (cli.OK if found else cli.NEGATIVE)
+    assert ("agent5001" in out) == found
+    assert "observed: " in out
+
+
+def test_calls_as_json(remembered: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """`-o json` is one document with the calls, the observed share and where to go on."""
+    code, out, _ = _run(capsys, "calls", "-o", "json", *remembered)
+    assert code == 0
+    told = json.loads(out)
+    assert [found["call"]["outcome"] for found in told["calls"]] == ["answered"]
+    assert 0 < told["observed"] <= 1
+    assert told["after"] is None
+
+
+@pytest.mark.parametrize("by", ["id", "call_id"])
+def test_all_that_happened_on_a_call(
+    by: str, remembered: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`call ID` tells every change, in order, by our id or by one of the contact centre's."""
+    _, out, _ = _run(capsys, "calls", "-o", "json", *remembered)
+    name = str(json.loads(out)["calls"][0]["call"][by])
+    code, out, _ = _run(capsys, "call", name, *remembered)
+    assert code == 0
+    places = [
+        out.index(part)
+        for part in (
+            "state: Dialing",
+            "participant 5002 joins",
+            "Dialing → Established",
+            "Established → Released",
+        )
+    ]
+    assert places == sorted(places)
+    code, out, _ = _run(capsys, "call", name, "-o", "json", *remembered)
+    (timeline,) = json.loads(out)
+    assert [moment["raw"] for moment in timeline["moments"]] == [
+        raw.decode() for raw in (_said("Dialing"), _said("Established"), _said("Released", "[]"))
+    ]
+
+
+def test_a_call_that_is_not_known(remembered: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown id is exit code 1 and a sentence."""
+    code, out, said = _run(capsys, "call", "nobody", *remembered)
+    assert (code, out) == (cli.NEGATIVE, "")
+    assert said.startswith("listener: no call is known as nobody")
+
+
+def test_who_was_observed(remembered: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """`coverage` tells when an account was observed; `--gaps` only when not; an unknown account is 1."""
+    code, out, _ = _run(capsys, "coverage", *remembered)
+    assert code == 0
+    assert "observed" in out
+    code, out, _ = _run(capsys, "coverage", "--gaps", "--since", "1h", *remembered)
+    assert code == 0
+    assert "not observed, not started: " in out
+    code, out, _ = _run(capsys, "coverage", "-o", "json", *remembered)
+    assert json.loads(out)["stretches"][0]["account"] == "agent5001"
+    code, _, _ = _run(capsys, "coverage", "--account", "nobody", *remembered)
+    assert code == cli.NEGATIVE
+
+
+@pytest.mark.parametrize("question", [["calls"], ["call", "1"], ["coverage"]])
+def test_questions_to_an_empty_database(
+    question: list[str], empty_database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A database without our tables is exit code 3, with the cure."""
+    code, out, said = _run(capsys, *question, "--set", f"store.dsn={empty_database}")
+    assert (code, out) == (cli.STORE, "")
+    assert "listener db upgrade" in said
+
+
+def test_a_page_that_never_was(remembered: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """`--after` with nonsense is refused in a sentence."""
+    code, _, said = _run(capsys, "calls", "--after", "teatime", *remembered)
+    assert code == cli.STORE
+    assert "teatime" in said
