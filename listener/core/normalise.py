@@ -126,6 +126,7 @@ _PLAIN_FIELDS = (
 """Fields that a notification overwrites when it carries them; the same names on both sides."""
 
 _plain_fields = attrgetter(*_PLAIN_FIELDS)
+_number = attrgetter("number")
 
 _SECOND = timedelta(seconds=1)
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
@@ -239,7 +240,7 @@ class _Calls:
 
     def __init__(self) -> None:
         self._by_id: dict[int, Call] = {}
-        self._named: dict[str, Call] = {}
+        self._named: dict[str, int] = {}
 
     def open(self) -> list[Call]:
         """Those that go on, the oldest first."""
@@ -247,13 +248,14 @@ class _Calls:
 
     def put(self, call: Call) -> None:
         """Takes a call in, or what has become of it."""
+        known = self._by_id.get(call.id)
         self._by_id[call.id] = call
+        if known is not None and known.aliases is call.aliases:
+            return
         for alias in call.aliases:
             # An id that was used more than once names the newest call, whichever was heard of last: so it is
             # in the store, and where one batch ends and the next begins must make no difference.
-            named = self._named.get(alias)
-            if named is None or named.id <= call.id:
-                self._named[alias] = call
+            self._named[alias] = max(call.id, self._named.get(alias, call.id))
 
     def find(self, notification: Notification) -> tuple[Call | None, list[Anomaly]]:
         """The call that a notification is about, and what was odd about recognising it.
@@ -266,7 +268,7 @@ class _Calls:
         under one callUuid stay two legs.
         """
         call_id = notification.call_id
-        named = self._named.get(call_id)
+        named = self._by_name(call_id)
         if named is not None and named.open and named.call_id == call_id:
             return named, []
         before = self._open(notification.previous_conn_id)
@@ -285,8 +287,12 @@ class _Calls:
                 return None, []
         return call, [Anomaly("id_changed", f"{call.call_id} is now called {call_id}")]
 
+    def _by_name(self, alias: str) -> Call | None:
+        number = self._named.get(alias)
+        return None if number is None else self._by_id[number]
+
     def _open(self, alias: str | None) -> Call | None:
-        call = self._named.get(alias) if alias else None
+        call = self._by_name(alias) if alias else None
         return call if call is not None and call.open else None
 
 
@@ -425,9 +431,9 @@ def _following(call: Call, heard: Heard, notification: Notification, odd: list[A
         after["user_data"] = user_data
         changes.extend(_differences(call.user_data, user_data))
 
-    names = _ids(notification)
-    if not set(call.aliases).issuperset(names):
-        after["aliases"] = tuple(dict.fromkeys((*call.aliases, *names)))
+    aliases = {*call.aliases, *_ids(notification)}
+    if len(aliases) > len(call.aliases):
+        after["aliases"] = tuple(dict.fromkeys((*call.aliases, *_ids(notification))))
     if notification.device_id is not None:
         after["device_id"] = notification.device_id
     if call.number is None:
@@ -620,9 +626,9 @@ def _stays(
     The list is a snapshot of the other parties. The same number twice is two parties.
     """
     present = [party for party in known if party.left_at is None]
-    if [party.number for party in present] == [each.number for each in listed]:
+    if [*map(_number, present)] == [*map(_number, listed)]:
         return known, ()
-    staying = Counter(party.number for party in present) & Counter(each.number for each in listed)
+    staying = Counter(map(_number, present)) & Counter(map(_number, listed))
     left = {}
     matched = staying.copy()
     for party in present:

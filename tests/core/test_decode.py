@@ -134,6 +134,65 @@ def test_the_envelope_is_read() -> None:
     assert heard.device_id == DEVICE
 
 
+def test_every_field_is_in_its_place() -> None:
+    """Each has a value here that no other has."""
+    call = {
+        "id": "id",
+        "state": "state",
+        "callUuid": "uuid",
+        "connId": "conn",
+        "previousConnId": "previous",
+        "parentCallPath": "/calls/parent",
+        "callType": "type",
+        "phoneNumber": "own",
+        "deviceUri": "http://192.0.2.1/devices/device",
+        "ani": "ani",
+        "dnis": "dnis",
+        "participants": ["number"],
+        "capabilities": ["capability"],
+        "userData": {"user": "data"},
+        "duration": "7",
+        "mute": "mute",
+        "recordingState": "recording",
+        "supervisorListeningIn": True,
+        "monitoredUserMuted": False,
+        "monitoring": True,
+        "supervisorMonitoringState": {"state": "monitoring"},
+    }
+    around = {"extensions": {"ex": "tensions"}, "metrics": stamped(1_000), "messageType": "message"}
+    heard = notification({"call": call, "notificationType": "notification"} | around)
+    assert msgspec.structs.asdict(heard) == {
+        "message_type": "message",
+        "notification_type": "notification",
+        "call_id": "id",
+        "state": "state",
+        "call_uuid": "uuid",
+        "conn_id": "conn",
+        "previous_conn_id": "previous",
+        "parent_call_id": "parent",
+        "call_type": "type",
+        "phone_number": "own",
+        "device_id": "device",
+        "ani": "ani",
+        "dnis": "dnis",
+        "participants": (Participant("number"),),
+        "capabilities": frozenset({"capability"}),
+        "user_data": {"user": "data"},
+        "user_data_emptied": False,
+        "duration_s": 7.0,
+        "mute": "mute",
+        "recording": "recording",
+        "supervisor_listening_in": True,
+        "monitored_user_muted": False,
+        "monitoring": True,
+        "supervisor_monitoring_state": "monitoring",
+        "extensions": {"ex": "tensions"},
+        "server_at": datetime(1970, 1, 1, 0, 0, 1, tzinfo=UTC),
+        "dialect": "v2-strings",
+        "oddities": (),
+    }
+
+
 def test_what_is_missing_is_none() -> None:
     """No field is made up: absence is not a default."""
     heard = notification({"call": {"id": UUID}})
