@@ -12,7 +12,8 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-from listener.simulator.centre import Simulator, SimulatorSettings, run_simulator
+from listener.simulator.centre import Simulator, run_simulator
+from listener.simulator.settings import SimulatorSettings
 
 READY_S_MAX = 30.0
 

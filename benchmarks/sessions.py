@@ -88,7 +88,7 @@ async def main() -> None:
 async def _up(daemon: Daemon, accounts: int = 1) -> None:
     """Waits until so many accounts are observed and none is not."""
     async with asyncio.timeout(UP_S_MAX):
-        while daemon.not_ready() or daemon.accounts < accounts:
+        while daemon.not_ready() or daemon.accounts < accounts:  # noqa: ASYNC110 - states, not events
             await asyncio.sleep(0.05)
 
 
