@@ -32,6 +32,7 @@ from listener.adapters.cometd import Endpoint, Line
 from listener.adapters.genesys import GenesysClient
 from listener.core.calls import Heard, Recorded
 from listener.core.session import Fact, Subscribed
+from listener.daemon import calm_collector
 from listener.pipeline import Pipeline
 from listener.store import migrate
 from listener.store.embedded import Embedded
@@ -204,6 +205,7 @@ async def _play(site: Centre, measured: "_Delays | _Single") -> None:
     """A steady rate; what came while connections and caches were cold does not count."""
     await site.play(WARM_UP_S)
     measured.ms.clear()
+    calm_collector()  # as the daemon does when it is ready
     await site.play(LATENCY_S)
 
 

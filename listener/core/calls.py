@@ -3,7 +3,9 @@
 Everything here is a frozen value without behaviour worth the name, so that the decoder, the fold,
 the store and the tests can pass the same things about. `msgspec.Struct` is used instead of
 `dataclass(frozen=True, slots=True)`, with the same meaning, because building a frozen dataclass of
-thirty fields costs more than decoding the message that fills it.
+thirty fields costs more than decoding the message that fills it. They are hidden from the cyclic garbage
+collector (`gc=False`): they hold JSON values and each other, which form no cycles, and a collection that
+walks over all of them stops the event loop for tens of milliseconds.
 
 Genesys' own words are kept: states, capabilities and notification types are stored as received, also
 the unknown ones. `State` lists the known states; a field that holds a state is a `str`, because we
@@ -82,7 +84,7 @@ class Heard(Struct, frozen=True, gc=False):
     """For a snapshot: when it was asked for; what was heard since is newer than the snapshot."""
 
 
-class Participant(Struct, frozen=True):
+class Participant(Struct, frozen=True, gc=False):
     """Another party as one message names it. `number` is the best spelling there is, never empty
     unless the message had none at all."""
 
@@ -94,7 +96,7 @@ class Participant(Struct, frozen=True):
     """v3 only: RoleOrigination, RoleDestination, RoleNewParty, RoleObserver, …"""
 
 
-class Notification(Struct, frozen=True):
+class Notification(Struct, frozen=True, gc=False):
     """One message about one call, in one spelling whatever the dialect was.
 
     None means that the message does not carry the field: the call keeps what it had. `user_data` is
@@ -140,7 +142,7 @@ class Notification(Struct, frozen=True):
     """What the decoder noticed, such as duplicate keys; the fold hands them on."""
 
 
-class Snapshot(Struct, frozen=True):
+class Snapshot(Struct, frozen=True, gc=False):
     """The live calls of one account as a REST reply lists them. `complete` is false when the reply does
     not claim to list all of them (an error status): then nothing may be concluded from an absence."""
 
@@ -149,14 +151,14 @@ class Snapshot(Struct, frozen=True):
     oddities: tuple["Anomaly", ...] = ()
 
 
-class Aside(Struct, frozen=True):
+class Aside(Struct, frozen=True, gc=False):
     """A message that we know and that concerns no call (devices, channels, outbound, errors): kept raw."""
 
     message_type: str
     notification_type: str = ""
 
 
-class Unrecognised(Struct, frozen=True):
+class Unrecognised(Struct, frozen=True, gc=False):
     """A message that could not be understood; `reason` says why in one sentence. Kept raw and counted."""
 
     reason: str
@@ -165,7 +167,7 @@ class Unrecognised(Struct, frozen=True):
 Decoded = Notification | Snapshot | Aside | Unrecognised
 
 
-class Anomaly(Struct, frozen=True):
+class Anomaly(Struct, frozen=True, gc=False):
     """Something odd about a call or a message, recorded and never refused. `kind` is from a closed set
     (`ANOMALY_KINDS`), so that it can label a metric."""
 
@@ -230,7 +232,7 @@ CHANGE_FIELDS = frozenset(
 )
 
 
-class Party(Struct, frozen=True):
+class Party(Struct, frozen=True, gc=False):
     """A participant's stay on a call; `ordinal` counts the stays on that call from 0."""
 
     ordinal: int
@@ -242,7 +244,7 @@ class Party(Struct, frozen=True):
     left_at: datetime | None = None
 
 
-class Call(Struct, frozen=True):
+class Call(Struct, frozen=True, gc=False):
     """One account's view (leg) of one call, as of the last message about it.
 
     `id` is the id of the notification that opened it, so that recomputing the calls from the journal
@@ -309,7 +311,7 @@ class Call(Struct, frozen=True):
         return self.ended_at is None and self.settled is None
 
 
-class Step(Struct, frozen=True):
+class Step(Struct, frozen=True, gc=False):
     """What one message did to one call: the call after it, its changes in order, and what was odd.
 
     `parties` are the stays that began or ended with it. `began` and `ended` mark the first message of a
@@ -324,14 +326,14 @@ class Step(Struct, frozen=True):
     ended: bool = False
 
 
-class Entry(Struct, frozen=True):
+class Entry(Struct, frozen=True, gc=False):
     """A raw message and what the decoder made of it: what the journal writes."""
 
     heard: Heard
     decoded: Decoded
 
 
-class Recorded(Struct, frozen=True):
+class Recorded(Struct, frozen=True, gc=False):
     """What one committed transaction did, for acknowledgements, metrics and observers."""
 
     entries: tuple[Entry, ...]
@@ -341,7 +343,7 @@ class Recorded(Struct, frozen=True):
     """Entries that had been committed before and were left out."""
 
 
-class Cover(Struct, frozen=True):
+class Cover(Struct, frozen=True, gc=False):
     """From `at` on the account is observed (`cause` empty), or not, and why (one of `GAP_CAUSES`)."""
 
     account: int
