@@ -50,6 +50,7 @@ CALLS_KEPT_MAX = 20_000
 REASON_CHARS_MAX = 300
 """A longer reason why a message was stored raw only is cut."""
 
+_OPENED_AT = list(schema.stream.columns.keys()).index("opened_at")
 _XID_MASK = 0xFFFF_FFFF
 """`xmin` holds the lower half of a transaction's id."""
 
@@ -226,7 +227,11 @@ class _Rows:
                  message_type, notification_type, call_id, heard.asked_at and microseconds(heard.asked_at),
                  server_at, reason, heard.raw)
             )  # fmt: skip
-            self._streams[heard.stream] = (heard.stream, heard.account, heard.source, at, at, heard.position)
+            known = self._streams.get(heard.stream)
+            opened_at = at if known is None else known[_OPENED_AT]
+            self._streams[heard.stream] = (
+                heard.stream, heard.account, heard.source, opened_at, at, heard.position
+            )  # fmt: skip
             self._follow(number, at, decoded, steps)
             number += normalise.ids_needed(decoded)
 
@@ -439,8 +444,7 @@ def _set_to(columns: Iterable[str]) -> str:
     return ", ".join(f"{name} = n.{name}" for name in columns)
 
 
-_COLUMN_OF = {"account": "account_id", "parties": "participants"}
-_CALL_COLUMNS = ", ".join(f"c.{_COLUMN_OF.get(name, name)}" for name in Call.__struct_fields__)
+_CALL_COLUMNS = ", ".join(f"c.{schema.CALL_COLUMN_OF.get(name, name)}" for name in Call.__struct_fields__)
 
 _POSITIONS = """
     WITH mine AS MATERIALIZED (SELECT listener_reserve_ids($2) AS first, pg_current_xact_id() AS xid)

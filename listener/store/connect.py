@@ -93,8 +93,8 @@ def classified(error: BaseException) -> StoreError | None:
         return StoreError(f"PostgreSQL: TLS failed: {error}. Look at sslmode and sslrootcert of the DSN.")
     if isinstance(error, asyncpg.ClientConfigurationError):
         return StoreError(f"The DSN cannot be used: {error}.")
-    if isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError):
-        # An InterfaceError is what asyncpg says of a connection that is closed already.
+    if isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.InternalClientError):
+        # The last two are what asyncpg says of a connection that was closed, or was ended by the server.
         return StoreUnavailable(f"PostgreSQL does not answer: {str(error) or type(error).__name__}.")
     return None
 
@@ -105,5 +105,9 @@ def _refusal(error: asyncpg.PostgresError) -> StoreError:
         return StoreUnavailable(f"PostgreSQL cannot now: {error} ({code}).")
     if code in MISSING:
         return SchemaOutdated(f"The database lacks something ({error}): run `listener db upgrade`.")
-    hint = f" {error.hint}" if error.hint else ""
-    return StoreError(f"PostgreSQL refused: {error} ({code}).{hint}")
+    if code == "22023" and "role" in str(error):
+        return SchemaOutdated(f"The database lacks our roles ({error}): run `listener db upgrade`.")
+    cure = error.hint or ""
+    if code == "42501" and not cure:
+        cure = "Grant the login listener_writer for `run`, and listener_auditor for questions."
+    return StoreError(f"PostgreSQL refused: {error} ({code}). {cure}".rstrip())

@@ -78,7 +78,7 @@ DEFAULTS: Mapping[str, str] = {
 }
 """What differs from PostgreSQL's own defaults. fsync and synchronous_commit stay on."""
 
-OUR_NAMES = frozenset({"data", "data.new", "lock", "users", "password", "log", "log.1"})
+OUR_NAMES = frozenset({"data", "data.new", "lock", "users", "password", "log", "log.1", "origin"})
 
 
 class Account(NamedTuple):
@@ -107,6 +107,8 @@ class Embedded:
         """Where it really is, known after `start`: differs where `asked` could not be reached."""
         self._account: Account | None = None
         self._programs = _Programs(Path(), "")
+        self._port = port if port is not None else 5432
+        """Names the socket; that of the running server, when there was one."""
         self._users: int | None = None
 
     def __enter__(self) -> Self:
@@ -134,7 +136,7 @@ class Embedded:
     def dsn_of(self, database: str) -> str:
         """The URL of another database of this server, over the socket."""
         place = quote(str(self._socket_directory()), safe="/")
-        return f"postgresql://{SUPERUSER}@/{database}?host={place}&port={self._port()}"
+        return f"postgresql://{SUPERUSER}@/{database}?host={place}&port={self._port}"
 
     def start(self) -> None:
         """Have the server running and accepting connections, whoever started it, and become its user.
@@ -219,10 +221,12 @@ class Embedded:
         if not (data / "PG_VERSION").exists():
             self._initialise()
         self._refuse_other_version(data)
-        if self._answers():
+        running = _port_of(data)
+        if running is not None and self._answers(running):
+            self._port = running
             self._refuse_other_port(data)
             return
-        _forget_stale_pid(data)
+        self._forget_the_dead(data)
         self._make_socket_directory()
         log = self.directory / "log"
         if log.exists() and log.stat().st_size > LOG_BYTES_MAX:
@@ -232,7 +236,7 @@ class Embedded:
             "unix_socket_directories": str(self._socket_directory()),
             "unix_socket_permissions": "0700",
             "listen_addresses": "127.0.0.1" if self.port is not None else "",
-            "port": str(self._port()),
+            "port": str(self._port),
         }
         # pg_ctl hands the options to a shell.
         arguments = " ".join(f"-c {shlex.quote(f'{name}={value}')}" for name, value in options.items())
@@ -277,17 +281,32 @@ class Embedded:
                 " that uses it, then start it with the port."
             )
 
-    def _answers(self) -> bool:
-        """Whether a server accepts connections on the socket."""
+    def _answers(self, port: int) -> bool:
+        """Whether a server accepts connections on the socket of that number."""
         with socket.socket(socket.AF_UNIX) as knock:
             try:
-                knock.connect(str(self._socket_directory() / f".s.PGSQL.{self._port()}"))
+                knock.connect(str(self._socket_directory() / f".s.PGSQL.{port}"))
             except OSError:
                 return False
         return True
 
-    def _port(self) -> int:
-        return self.port if self.port is not None else 5432
+    def _forget_the_dead(self, data: Path) -> None:
+        """Remove what a dead server left behind, when the number of its process is somebody else's now.
+
+        PostgreSQL itself sees that a dead server's files are stale, but not when there is a process of that
+        number: another program of the same account, as after a container's restart, or its own remains that
+        nobody has waited for. Then it refuses to start. Whoever has this cluster open works in its directory;
+        when nobody does, the files are stale (where there is a /proc to tell).
+        """
+        if not Path("/proc/self/cwd").exists():
+            return
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (process / "cwd").readlink() == data:
+                    return
+        (data / "postmaster.pid").unlink(missing_ok=True)
+        for name in self._socket_directory().glob(".s.PGSQL.*"):
+            name.unlink()
 
     def _socket_directory(self) -> Path:
         longest = self.directory / ".s.PGSQL.65535.lock"
@@ -430,16 +449,36 @@ def _elsewhere(asked: Path, account: Account) -> Path:
     """A new directory that the account can reach, with a link to it where it was asked for."""
     try:
         STATE.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _remove_forgotten()
         home = Path(tempfile.mkdtemp(prefix="cluster-", dir=STATE))
-        os.chown(home, account.uid, account.gid)
         asked.rmdir()
         asked.symlink_to(home)
+        (home / "origin").write_text(str(asked))
+        os.chown(home, account.uid, account.gid)
     except OSError as error:
         raise StoreError(
             f"The account `{account.name}`, which runs the bundled PostgreSQL for root, cannot reach {asked},"
             f" and {STATE} cannot be used instead: {error}. Name a data directory within its reach."
         ) from error
     return home
+
+
+def _remove_forgotten() -> None:
+    """Remove the clusters whose link was in the directory for temporary files, and is gone, as everything
+    there goes. A cluster that was asked for anywhere else is never removed for the want of its link."""
+    temporary = tempfile.gettempdir()
+    for origin in STATE.glob("cluster-*/origin"):
+        home, link = origin.parent, Path(origin.read_text())
+        if not link.is_relative_to(temporary) or link.resolve() == home:
+            continue
+        users = os.open(home / "users", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(home)
+        except BlockingIOError:
+            continue  # in use, link or no link
+        finally:
+            os.close(users)
 
 
 def _programs(account: Account | None) -> _Programs:
@@ -493,18 +532,9 @@ def _accepts(host: str, port: int) -> bool:
     return True
 
 
-def _forget_stale_pid(data: Path) -> None:
-    """Remove a `postmaster.pid` whose number now belongs to another program.
-
-    PostgreSQL itself sees that a dead server's file is stale, but not when its pid was given to another
-    process of the same account, as happens after a container's restart: then it refuses to start. Whoever
-    has this cluster open works in its directory; when nobody does, the file is stale (Linux only).
-    """
-    file = data / "postmaster.pid"
-    if not file.exists() or not Path("/proc/self/cwd").exists():
-        return
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (process / "cwd").readlink() == data:
-                return
-    file.unlink()
+def _port_of(data: Path) -> int | None:
+    """The port that the running server said it uses; None where none runs (PostgreSQL, `postmaster.pid`)."""
+    try:
+        return int((data / "postmaster.pid").read_text().splitlines()[3])
+    except (OSError, IndexError, ValueError):
+        return None

@@ -22,7 +22,7 @@ import asyncpg
 from msgspec import Struct
 
 from listener.core.calls import Call, Cover, Entry, Recorded
-from listener.errors import SchemaOutdated, StoreError
+from listener.errors import StoreError
 from listener.store import batch, ledger, migrate
 from listener.store.batch import Recollection, RefusedValue
 from listener.store.connect import CONNECT_S_MAX, Connection, classified, microseconds, speak_plainly
@@ -89,10 +89,6 @@ class Journal:
     async def _begin(self) -> None:
         try:
             await self._pool
-        except asyncpg.InvalidParameterValueError as error:
-            raise SchemaOutdated(
-                f"The database was never prepared for the listener ({error}): run `listener db upgrade`."
-            ) from error
         except Exception as error:
             raise classified(error) or error from error
         async with self._connection() as connection:

@@ -22,6 +22,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    Label,
     LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
@@ -30,6 +31,7 @@ from sqlalchemy import (
     Text,
     Uuid,
     func,
+    literal_column,
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSON, ExcludeConstraint
@@ -55,6 +57,13 @@ def _moment(name: str, *, nullable: bool = False) -> Column[Any]:
 def _words(name: str, *, nullable: bool = False) -> Column[Any]:
     return Column(name, Text, nullable=nullable)
 
+
+def _backwards(column: str) -> Label[str]:
+    """A number from its last digit on: its ending is then the beginning, which an index finds."""
+    return literal_column(f"reverse({column})", Text).label("backwards")
+
+
+_BY_PREFIX = {"backwards": "text_pattern_ops"}
 
 account = Table(
     "account",
@@ -165,13 +174,16 @@ call = Table(
     # The legs of one interaction.
     Index("ix_call_call_uuid", "call_uuid"),
     # A number, whole or by its last digits: the other party, our own, and the one that was dialled.
-    Index("ix_call_number", text("reverse(number) text_pattern_ops")),
-    Index("ix_call_phone_number", text("reverse(phone_number) text_pattern_ops")),
-    Index("ix_call_dnis", text("reverse(dnis) text_pattern_ops")),
+    Index("ix_call_number", _backwards("number"), "opened_at", postgresql_ops=_BY_PREFIX),
+    Index("ix_call_phone_number", _backwards("phone_number"), "opened_at", postgresql_ops=_BY_PREFIX),
+    Index("ix_call_dnis", _backwards("dnis"), "opened_at", postgresql_ops=_BY_PREFIX),
     # A call is written about ten times. With room on its page the new version needs no new index entries.
     postgresql_with={"fillfactor": 60},
     comment="One account's leg of one call, as of the last message about it.",
 )
+
+CALL_COLUMN_OF = {"account": "account_id", "parties": "participants"}
+"""The columns of `call` that are named otherwise than the fields of `listener.core.calls.Call`."""
 
 call_alias = Table(
     "call_alias",
@@ -197,11 +209,13 @@ participant = Table(
     _moment("left_at", nullable=True),
     PrimaryKeyConstraint("call_id", "ordinal"),
     # Calls on which a number took part, also as the third party.
-    Index("ix_participant_number", text("reverse(number) text_pattern_ops")),
+    Index("ix_participant_number", _backwards("number"), "joined_at", postgresql_ops=_BY_PREFIX),
     # The same by its international spelling, where that is another one.
     Index(
         "ix_participant_e164",
-        text("reverse(e164) text_pattern_ops"),
+        _backwards("e164"),
+        "joined_at",
+        postgresql_ops=_BY_PREFIX,
         postgresql_where=text("e164 <> '' AND e164 <> number"),
     ),
     comment="A participant's stay on a call.",

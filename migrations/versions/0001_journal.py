@@ -106,9 +106,9 @@ TABLES = (
     "CREATE INDEX ix_call_account_id_opened_at_id ON call (account_id, opened_at, id)",
     "CREATE INDEX ix_call_open ON call (account_id) WHERE ended_at IS NULL AND settled IS NULL",
     "CREATE INDEX ix_call_call_uuid ON call (call_uuid)",
-    "CREATE INDEX ix_call_number ON call (reverse(number) text_pattern_ops)",
-    "CREATE INDEX ix_call_phone_number ON call (reverse(phone_number) text_pattern_ops)",
-    "CREATE INDEX ix_call_dnis ON call (reverse(dnis) text_pattern_ops)",
+    "CREATE INDEX ix_call_number ON call (reverse(number) text_pattern_ops, opened_at)",
+    "CREATE INDEX ix_call_phone_number ON call (reverse(phone_number) text_pattern_ops, opened_at)",
+    "CREATE INDEX ix_call_dnis ON call (reverse(dnis) text_pattern_ops, opened_at)",
     # What a message moves on a call, as the journal hands it in: one array of these is cheaper than an array
     # for each column. A column that comes later gets a type of its own, so that recorders of both versions
     # can run.
@@ -157,9 +157,9 @@ TABLES = (
         left_at timestamptz,
         CONSTRAINT pk_participant PRIMARY KEY (call_id, ordinal)
     )""",
-    "CREATE INDEX ix_participant_number ON participant (reverse(number) text_pattern_ops)",
+    "CREATE INDEX ix_participant_number ON participant (reverse(number) text_pattern_ops, joined_at)",
     """
-    CREATE INDEX ix_participant_e164 ON participant (reverse(e164) text_pattern_ops)
+    CREATE INDEX ix_participant_e164 ON participant (reverse(e164) text_pattern_ops, joined_at)
         WHERE e164 <> '' AND e164 <> number""",
     """
     CREATE TABLE change (

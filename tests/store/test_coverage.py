@@ -1,0 +1,171 @@
+"""Coverage: one row is true now, none overlaps, and a crash leaves only what was known."""
+
+import asyncio
+from datetime import datetime, timedelta
+
+import asyncpg
+import pytest
+
+from listener.core.calls import Cover
+from listener.errors import StoreError
+from listener.store.journal import AccountRow, Journal
+from tests.store.line import T0, Line
+
+
+def at(seconds: float) -> datetime:
+    """So long after the beginning."""
+    return T0 + timedelta(seconds=seconds)
+
+
+async def rows(sql: asyncpg.Connection, account: int = 1) -> list[tuple[float, float | None, str]]:
+    """An account's coverage in order: since and until in seconds after the beginning, and the cause."""
+    found = await sql.fetch(
+        "SELECT since, until, cause FROM coverage WHERE account_id = $1 ORDER BY since, id", account
+    )
+    return [
+        (
+            (row["since"] - T0).total_seconds(),
+            None if row["until"] is None else (row["until"] - T0).total_seconds(),
+            row["cause"],
+        )
+        for row in found
+    ]
+
+
+async def test_rows_stand_end_to_end(journal: Journal, sql: asyncpg.Connection) -> None:
+    """Each turn closes the row before it; accounts do not touch each other."""
+    await journal.cover([Cover(1, at(0), "not started"), Cover(2, at(1)), Cover(1, at(5))])
+    await journal.cover([Cover(1, at(60), "disconnected"), Cover(1, at(65))])
+
+    assert await rows(sql) == [
+        (0, 5, "not started"),
+        (5, 60, ""),
+        (60, 65, "disconnected"),
+        (65, None, ""),
+    ]
+    assert await rows(sql, 2) == [(1, None, "")]
+
+
+async def test_saying_the_same_again_changes_nothing(journal: Journal, sql: asyncpg.Connection) -> None:
+    """A gap goes on with its first cause's beginning, also within one batch."""
+    await journal.cover([Cover(1, at(0), "disconnected"), Cover(1, at(3), "disconnected")])
+    await journal.cover([Cover(1, at(9), "disconnected")])
+    await journal.cover([])
+
+    assert await rows(sql) == [(0, None, "disconnected")]
+
+
+async def test_another_cause_is_another_row(journal: Journal, sql: asyncpg.Connection) -> None:
+    """Why nobody listened may change while nobody listens."""
+    await journal.cover([Cover(1, at(0), "disconnected"), Cover(1, at(3), "session lost")])
+
+    assert await rows(sql) == [(0, 3, "disconnected"), (3, None, "session lost")]
+
+
+async def test_the_past_stays_as_it_was_told(journal: Journal, sql: asyncpg.Connection) -> None:
+    """A turn from before the present row counts from that row's beginning."""
+    await journal.cover([Cover(1, at(0)), Cover(1, at(10), "stalled")])
+    await journal.cover([Cover(1, at(4))])
+    await journal.cover([Cover(1, at(2), "stopped")])
+
+    assert await rows(sql) == [(0, 10, ""), (10, 10, "stalled"), (10, 10, ""), (10, None, "stopped")]
+
+
+async def test_concurrent_turns_of_one_account_are_one_after_the_other(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """The account's row is the lock; whoever comes second continues what the first wrote."""
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(20):
+            tasks.create_task(journal.cover([Cover(1, at(number), "" if number % 2 else "stalled")]))
+
+    found = await rows(sql)
+    assert [row[0] for row in found[1:]] == [row[1] for row in found[:-1]]
+    assert [row for row in found if row[1] is None] == found[-1:]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO coverage (account_id, since, cause) VALUES (1, now(), '')",
+        "INSERT INTO coverage VALUES (DEFAULT, 1, '2026-03-02 09:00:05Z', '2026-03-02 09:00:07Z', '')",
+        "UPDATE coverage SET until = '2026-03-02 08:00Z'",
+    ],
+    ids=["second open row", "overlap", "backwards"],
+)
+async def test_the_database_itself_refuses_two_answers(
+    statement: str, journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """Whoever writes."""
+    await journal.cover([Cover(1, at(0))])
+
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError):
+        await sql.execute(statement)
+
+
+async def test_a_heartbeat_touches_the_observed_only(journal: Journal, sql: asyncpg.Connection) -> None:
+    """It says until when it was seen, never backwards, and nothing about gaps and other accounts."""
+    await journal.register([AccountRow("eve", "", "lab")])
+    await journal.cover([Cover(1, at(0)), Cover(2, at(0), "stalled"), Cover(3, at(0))])
+    await journal.heartbeat([1, 2], at(10))
+    await journal.heartbeat([1, 2], at(7))
+
+    seen = dict(await sql.fetch("SELECT account_id, seen_at FROM coverage"))  # type: ignore[var-annotated, arg-type]
+    assert seen == {1: at(10), 2: None, 3: at(0)}
+
+
+async def test_after_a_crash_observed_ends_where_it_was_last_known(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """At the last heartbeat, or at a message that was committed after it."""
+    await journal.cover([Cover(1, at(0)), Cover(2, at(0))])
+    await journal.heartbeat([1, 2], at(10))
+    await journal.record([Line(2, began=at(14)).hear(b"{}")])
+
+    await journal.resume_coverage([1, 2], at(100))
+
+    assert await rows(sql, 1) == [(0, 10, ""), (10, None, "not started")]
+    assert await rows(sql, 2) == [(0, 15, ""), (15, None, "not started")]
+
+
+async def test_a_gap_goes_on_over_a_restart(journal: Journal, sql: asyncpg.Connection) -> None:
+    """A daemon that stopped in order said so; its start adds nothing, and an account never seen begins."""
+    await journal.cover([Cover(1, at(0)), Cover(1, at(5), "stopped")])
+
+    await journal.resume_coverage([1, 2], at(100))
+    await journal.resume_coverage([1, 2], at(101))
+
+    assert await rows(sql, 1) == [(0, 5, ""), (5, None, "stopped")]
+    assert await rows(sql, 2) == [(100, None, "not started")]
+
+
+async def test_observed_never_ends_after_the_start_that_ends_it(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """A clock that was set back makes no time that has not been yet."""
+    await journal.cover([Cover(1, at(0))])
+    await journal.heartbeat([1], at(50))
+
+    await journal.resume_coverage([1], at(20))
+
+    assert await rows(sql) == [(0, 20, ""), (20, None, "not started")]
+
+
+async def test_a_retired_account_has_no_coverage_until_it_is_back(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """Its row closes; at its return, the time between is a gap."""
+    await journal.cover([Cover(1, at(0))])
+    await journal.retire([1], at(30))
+    assert await rows(sql) == [(0, 30, "")]
+
+    await journal.resume_coverage([1], at(90))
+    await journal.cover([Cover(1, at(95))])
+
+    assert await rows(sql) == [(0, 30, ""), (30, 95, "not started"), (95, None, "")]
+
+
+async def test_coverage_of_an_unknown_account_is_an_error(journal: Journal) -> None:
+    """Of the program, and it names the cure."""
+    with pytest.raises(StoreError, match="register"):
+        await journal.cover([Cover(77, at(0))])

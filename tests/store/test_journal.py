@@ -1,0 +1,695 @@
+"""The journal's promises: effect once, raw first, all or nothing, and nothing refused."""
+
+import asyncio
+import json
+import random
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+
+from listener.core.calls import Aside, Call, Entry, Outcome, Recorded, Unrecognised
+from listener.errors import SchemaOutdated, StoreError, StoreUnavailable
+from listener.store import batch
+from listener.store.embedded import Embedded
+from listener.store.journal import AccountRow, Journal
+from tests.core import messages
+from tests.store.line import T0, Line
+from tests.support.database import new_database
+
+LIFE = ("Ringing", "Established", "Held", "Established", "Released")
+
+TABLES = ("notification", "call", "call_alias", "participant", "change", "anomaly", "stream")
+
+
+async def counts(sql: asyncpg.Connection) -> dict[str, int]:
+    """How many rows each table has."""
+    return {name: await sql.fetchval(f"SELECT count(*) FROM {name}") for name in TABLES}  # noqa: S608
+
+
+async def contents(sql: asyncpg.Connection, *tables: str) -> dict[str, Any]:
+    """Everything that is in these tables, in an order that does not depend on how it was written."""
+    return {
+        name: sorted(str(dict(row)) for row in await sql.fetch(f"SELECT * FROM {name}"))  # noqa: S608
+        for name in tables or TABLES
+    }
+
+
+async def stored(journal: Journal, *accounts: int) -> list[Call]:
+    """The open calls as a restart would read them."""
+    return await journal.open_calls(accounts or (1, 2))
+
+
+# ── what is written ───────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_batch_is_stored_with_all_that_follows_from_it(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """A whole call leaves its messages, one row of its own, its participant, ids and changes."""
+    entries = Line().call(*LIFE)
+
+    recorded = await journal.record(entries)
+
+    assert recorded.entries == tuple(entries)
+    assert recorded.duplicates == 0
+    assert [step.call.state for step in recorded.steps] == list(LIFE)
+    row = await sql.fetchrow("SELECT * FROM call")
+    assert row is not None
+    assert row["state"] == "Released"
+    assert row["outcome"] == "answered"
+    assert row["notifications"] == 5
+    assert row["hold_count"] == 1
+    assert row["talk_s"] == 2.0
+    assert row["number"] == messages.NUMBER
+    assert row["id"] == await sql.fetchval("SELECT min(id) FROM notification")
+    assert json.loads(row["participants"])[0]["number"] == messages.NUMBER
+    aliases = {row["alias"] for row in await sql.fetch("SELECT alias FROM call_alias")}
+    assert aliases == {messages.UUID, f"conn-{messages.UUID}"}
+    party = await sql.fetchrow("SELECT * FROM participant")
+    assert party is not None
+    assert (party["number"], party["joined_at"], party["left_at"]) == (
+        messages.NUMBER,
+        entries[0].heard.received_at,
+        entries[-1].heard.received_at,
+    )
+    states = await sql.fetch(
+        "SELECT before #>> '{}' AS before, after #>> '{}' AS after FROM change WHERE field = 'state'"
+        " ORDER BY notification_id"
+    )
+    assert [tuple(row) for row in states] == list(zip((None, *LIFE), LIFE, strict=False))
+    notifications = await sql.fetch("SELECT * FROM notification ORDER BY id")
+    assert [bytes(row["raw"]) for row in notifications] == [entry.heard.raw for entry in entries]
+    assert {row["call_id"] for row in notifications} == {
+        row["id"] for row in await sql.fetch("SELECT id FROM call")
+    }
+    assert [row["position"] for row in notifications] == [1, 2, 3, 4, 5]
+    assert {str(row["stream_id"]) for row in notifications} == {entries[0].heard.stream}
+
+
+async def test_a_call_read_back_equals_the_one_that_was_written(journal: Journal, database: str) -> None:
+    """No field is lost or changed on its way through the database, and numbers keep their spelling."""
+    data = {"b": 1e22, "a": {"nested": [1, 1.0, None, True]}, "ünï": "☎", "long": "x" * 3000}
+    line = Line()
+    entries = line.call("Ringing", "Established", userData=data)
+    entries.append(
+        line.hear(
+            messages.message(
+                "Established",
+                "ParticipantsUpdated",
+                connId=f"conn-{messages.UUID}",
+                numbers=("+19165550104", "7023"),
+                recordingState="Recording",
+                supervisorListeningIn=True,
+                server_ms=1_772_442_000_123,
+            )
+        )
+    )
+    recorded = await journal.record(entries)
+
+    async with await Journal.open(database) as another:
+        assert await another.open_calls([1]) == [recorded.steps[-1].call]
+
+
+async def test_the_result_does_not_depend_on_how_messages_are_cut_into_batches(
+    postgres: Embedded, template: str
+) -> None:
+    """One by one, all at once, and in random batches through a reopened journal give the same rows."""
+    dice = random.Random(5)
+    lines = [Line(1), Line(2)]
+    entries: list[Entry] = []
+    for number in range(12):
+        line = lines[number % 2]
+        entries += line.call(
+            *LIFE[: dice.randint(1, 5)], id=f"call-{number}", userData={"z": number, "a": "1"}
+        )
+    entries.append(lines[0].snapshot(messages.resource("Held", id="call-2"), messages.resource(id="new")))
+    entries += lines[0].call("Established", "Released", id="new")
+
+    async def written(sizes: Sequence[int]) -> dict[str, Any]:
+        async with new_database(postgres, template) as dsn:
+            left = list(entries)
+            for size in sizes:
+                async with await Journal.open(dsn, connections=1) as journal:
+                    await journal.register([AccountRow("ada", "", "lab"), AccountRow("bob", "", "lab")])
+                    await journal.record(left[:size])
+                del left[:size]
+            assert not left
+            connection = await asyncpg.connect(dsn)
+            try:
+                return await contents(connection)
+            finally:
+                await connection.close()
+
+    whole = await written([len(entries)])
+    assert await written([1] * len(entries)) == whole
+    assert await written([7, 1, 11, len(entries) - 19]) == whole
+
+
+async def test_several_calls_of_one_snapshot_have_ids_of_their_own(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """A snapshot reserves an id for itself and one for each of its calls, and the next message follows."""
+    line = Line()
+    calls = [messages.resource("Established", id=f"call-{n}", connId=f"conn-{n}") for n in range(3)]
+    snapshot = line.snapshot(*calls)
+    await journal.record([snapshot, *line.call("Ringing", id="later")])
+
+    ids = [row["id"] for row in await sql.fetch("SELECT id FROM call ORDER BY id")]
+    numbers = [row["id"] for row in await sql.fetch("SELECT id FROM notification ORDER BY id")]
+    assert ids == [numbers[0] + 1, numbers[0] + 2, numbers[0] + 3, numbers[0] + 4]
+    assert numbers[1] == ids[-1]
+    row = await sql.fetchrow("SELECT * FROM notification WHERE source = 'snapshot'")
+    assert row is not None
+    assert (row["message_type"], row["call_id"], row["asked_at"]) == (
+        "Snapshot",
+        None,
+        snapshot.heard.asked_at,
+    )
+
+
+async def test_a_snapshot_ends_the_calls_that_it_does_not_list(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """The open calls of its account are loaded, though the snapshot names none of them."""
+    line, other = Line(1), Line(2)
+    await journal.record(line.call("Established", id="gone") + other.call("Established", id="untouched"))
+
+    recorded = await journal.record([line.snapshot()])
+
+    assert [step.call.call_id for step in recorded.steps] == ["gone"]
+    assert await sql.fetchval("SELECT settled FROM call WHERE call_id = 'gone'") == (
+        "inferred: no longer among the live calls"
+    )
+    assert [call.call_id for call in await stored(journal)] == ["untouched"]
+
+
+async def test_a_late_correction_is_stored(journal: Journal, sql: asyncpg.Connection) -> None:
+    """Fields that are known from the first message as a rule are updated too when they change after it."""
+    line = Line()
+    await journal.record(line.call("Ringing", ani=messages.ABSENT))
+
+    await journal.record(
+        line.call("Established", ani="+15550100", deviceUri="/devices/other", callUuid="another-uuid")
+    )
+
+    row = await sql.fetchrow("SELECT ani, device_id, call_uuid, aliases FROM call")
+    assert row is not None
+    assert tuple(row) == (
+        "+15550100",
+        "other",
+        "another-uuid",
+        [messages.UUID, f"conn-{messages.UUID}", "another-uuid"],
+    )
+    assert await sql.fetchval("SELECT count(*) FROM call_alias WHERE alias = 'another-uuid'") == 1
+
+
+async def test_participants_come_and_go_across_batches(journal: Journal, sql: asyncpg.Connection) -> None:
+    """A stay is one row, which learns its end later."""
+    line = Line()
+    await journal.record(line.call("Established", numbers=("7023",)))
+    await journal.record(line.call("Established", numbers=("7023", "7044")))
+    await journal.record(line.call("Established", numbers=("7044",)))
+
+    rows = await sql.fetch("SELECT ordinal, number, left_at FROM participant ORDER BY ordinal")
+    assert [tuple(row) for row in rows] == [(0, "7023", line.at), (1, "7044", None)]
+
+
+# ── effect once ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_redelivery_changes_nothing_and_is_counted(journal: Journal, sql: asyncpg.Connection) -> None:
+    """The same places again, in a batch of their own, are duplicates."""
+    entries = Line().call(*LIFE)
+    await journal.record(entries)
+    before = await contents(sql)
+
+    again = await journal.record(entries)
+
+    assert again == Recorded((), (), 5)
+    assert await contents(sql) == before
+
+
+async def test_a_redelivery_within_one_batch_counts_once(journal: Journal, sql: asyncpg.Connection) -> None:
+    """The server sent a message twice before anything was committed."""
+    entries = Line().call("Ringing", "Established")
+
+    recorded = await journal.record([entries[0], entries[0], entries[1], entries[0], entries[1]])
+
+    assert recorded.entries == tuple(entries)
+    assert recorded.duplicates == 3
+    assert (await counts(sql))["notification"] == 2
+
+
+async def test_a_redelivery_after_a_restart_is_recognised(
+    journal: Journal, database: str, sql: asyncpg.Connection
+) -> None:
+    """The mark of a stream is in the database, not in the process; what is new beside it is taken."""
+    line = Line()
+    entries = line.call("Ringing", "Established")
+    await journal.record(entries)
+
+    async with await Journal.open(database) as another:
+        recorded = await another.record([*entries, *line.call("Released")])
+
+    assert len(recorded.entries) == 1
+    assert recorded.duplicates == 2
+    assert await sql.fetchval("SELECT notifications FROM call") == 3
+
+
+async def test_equal_messages_at_different_places_are_two_facts(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """Equality of content proves nothing: the same DtmfSent may happen twice."""
+    line = Line()
+    raw = messages.message("Established", "DtmfSent")
+
+    recorded = await journal.record([line.hear(raw), line.hear(raw)])
+
+    assert recorded.duplicates == 0
+    assert await sql.fetchval("SELECT notifications FROM call") == 2
+
+
+async def test_replaying_everything_adds_nothing(journal: Journal, sql: asyncpg.Connection) -> None:
+    """A whole day handed in again, in other batches and the order of the streams kept, is no change."""
+    lines = [Line(1), Line(2), Line(1)]
+    entries = [
+        entry for n, line in enumerate(lines) for entry in line.call(*LIFE, id=f"call-{n}", userData={"n": n})
+    ]
+    entries.append(lines[0].snapshot(messages.resource("Ringing", id="live")))
+    for start in range(0, len(entries), 4):
+        await journal.record(entries[start : start + 4])
+    before = await contents(sql)
+
+    for start in range(0, len(entries), 7):
+        recorded = await journal.record(entries[start : start + 7])
+        assert recorded.entries == ()
+
+    assert await contents(sql) == before
+
+
+async def test_an_id_that_comes_back_opens_another_call(journal: Journal, sql: asyncpg.Connection) -> None:
+    """After its end, the same id rings again: two calls, and the id names the newer one from then on."""
+    line = Line()
+    await journal.record(line.call("Ringing", "Established", "Released"))
+    await journal.record(line.call("Ringing"))
+    recorded = await journal.record(line.call("Established"))
+
+    calls = await sql.fetch("SELECT id, state, notifications FROM call ORDER BY id")
+    assert [tuple(row)[1:] for row in calls] == [("Released", 3), ("Established", 2)]
+    assert recorded.steps[0].call.id == calls[1]["id"]
+    assert {row["call_id"] for row in await sql.fetch("SELECT call_id FROM call_alias")} == {calls[1]["id"]}
+
+
+async def test_a_call_is_found_by_any_of_its_ids(journal: Journal, sql: asyncpg.Connection) -> None:
+    """The message that calls it by its connId, in a later batch, is about the same call."""
+    line = Line()
+    await journal.record(line.call("Ringing"))
+    await journal.record(
+        [line.hear(messages.message("Established", id=f"conn-{messages.UUID}", callUuid=messages.UUID))]
+    )
+
+    assert await sql.fetchval("SELECT notifications FROM call") == 2
+
+
+async def test_the_same_id_at_two_accounts_is_two_calls(journal: Journal, sql: asyncpg.Connection) -> None:
+    """Both legs of an internal call carry one callUuid; each account has its own view."""
+    await journal.record(Line(1).call("Dialing", "Established") + Line(2).call("Ringing", "Established"))
+
+    rows = await sql.fetch("SELECT account_id, direction FROM call ORDER BY account_id")
+    assert [tuple(row) for row in rows] == [(1, "outbound"), (2, "inbound")]
+
+
+# ── raw first, nothing refused ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"\x00\xff\xfe{", b"{'messageType': 1}", b'{"a": "\xed\xa0\x80"}', b"[1]", b"{" * 5000],
+    ids=["empty", "bytes", "quotes", "surrogate", "list", "deep"],
+)
+async def test_what_is_not_understood_is_kept_byte_for_byte(
+    raw: bytes, journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """Raw, with the reason; and it counts as heard."""
+    entry = Line().hear(raw)
+    assert isinstance(entry.decoded, Unrecognised)
+
+    recorded = await journal.record([entry])
+
+    assert len(recorded.entries) == 1
+    row = await sql.fetchrow("SELECT raw, reason, call_id FROM notification")
+    assert row is not None
+    assert (bytes(row["raw"]), row["reason"], row["call_id"]) == (raw, entry.decoded.reason, None)
+
+
+async def test_messages_about_other_things_are_kept(journal: Journal, sql: asyncpg.Connection) -> None:
+    """A device's message concerns no call, and is in the journal with its types and channel."""
+    raw = messages.encoded(messages.ASIDES["DeviceStateChangeMessage"])
+    entry = Line().hear(raw, channel="/v2/me/devices")
+    assert isinstance(entry.decoded, Aside)
+
+    await journal.record([entry])
+
+    row = await sql.fetchrow("SELECT raw, reason, channel, message_type FROM notification")
+    assert row is not None
+    assert tuple(row) == (raw, None, "/v2/me/devices", "DeviceStateChangeMessage")
+
+
+async def test_duplicate_keys_survive_in_the_raw_message(journal: Journal, sql: asyncpg.Connection) -> None:
+    """What a parser would drop is still there to be read again."""
+    raw = messages.message("Ringing").replace(b'"state"', b'"state":"Held","state"', 1)
+
+    await journal.record([Line().hear(raw)])
+
+    assert bytes(await sql.fetchval("SELECT raw FROM notification")) == raw
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        messages.message("Ringing", userData={"k\x00": "a\x00b"}),
+        messages.message("Ringing", userData={"k": "\ud800"}),
+        messages.message("Ringing", id="a\x00b"),
+        messages.message("Ringing", id="x" * 9000),
+        messages.message("Ringing", numbers=("9" * 9000,)),
+        messages.message("Ringing", userData={"k": 10**400}),
+        messages.message("Ringing", ani="7\x00"),
+    ],
+    ids=["nul", "surrogate", "nul id", "long id", "long number", "huge integer", "nul field"],
+)
+async def test_no_value_can_keep_the_batch_from_being_stored(
+    poison: bytes, journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """The message with the value is stored with its bytes, and those around it as ever."""
+    line = Line()
+    before, after = line.call("Ringing", id="before"), []
+    entry = line.hear(poison)
+    after = line.call("Ringing", id="after")
+
+    recorded = await journal.record([*before, entry, *after])
+
+    assert len(recorded.entries) == 3
+    assert await sql.fetchval("SELECT count(*) FROM notification WHERE raw = $1", poison) == 1
+    assert {"before", "after"} <= {row["call_id"] for row in await sql.fetch("SELECT call_id FROM call")}
+    assert (await journal.record([entry])).duplicates == 1
+
+
+async def test_what_cannot_be_stored_at_all_says_why(journal: Journal, sql: asyncpg.Connection) -> None:
+    """An id too long for an index cannot name a call: its message is unrecognised, for that reason."""
+    line = Line()
+    noise = "".join(random.Random(1).choices("0123456789abcdef", k=9000))
+    entries = [
+        *line.call("Ringing"),
+        line.hear(messages.message("Ringing", id=noise)),
+        *line.call("Released"),
+    ]
+
+    recorded = await journal.record(entries)
+
+    assert isinstance(recorded.entries[1].decoded, Unrecognised)
+    reason = await sql.fetchval("SELECT reason FROM notification WHERE reason IS NOT NULL")
+    assert reason.startswith("poisoned: ")
+    assert await sql.fetchval("SELECT state FROM call") == "Released"
+    ids = [row["id"] for row in await sql.fetch("SELECT id FROM notification ORDER BY position")]
+    assert ids == sorted(ids)
+
+
+async def test_anomalies_are_stored_with_their_call_or_without(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """An unknown state belongs to its call."""
+    recorded = await journal.record(Line().call("Ringing", "Levitating"))
+
+    row = await sql.fetchrow("SELECT kind, detail, call_id FROM anomaly")
+    assert row is not None
+    assert tuple(row) == ("unknown_state", "Levitating", recorded.steps[0].call.id)
+
+
+# ── all or nothing ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_batch_that_fails_leaves_nothing(journal: Journal, sql: asyncpg.Connection) -> None:
+    """Whatever the last statement was: the transaction is one."""
+    await sql.execute("ALTER TABLE stream ADD CONSTRAINT broken CHECK (position < 3)")
+    entries = Line().call("Ringing", "Established", "Released")
+
+    with pytest.raises(StoreError):
+        await journal.record(entries)
+    assert set((await counts(sql)).values()) == {0}
+
+    await sql.execute("ALTER TABLE stream DROP CONSTRAINT broken")
+    assert len((await journal.record(entries)).entries) == 3
+
+
+async def test_an_unknown_account_is_refused_whole(journal: Journal, sql: asyncpg.Connection) -> None:
+    """It is an error of the program, not of the message; it names the cure."""
+    with pytest.raises(StoreError, match="register"):
+        await journal.record(Line(1).call("Ringing") + Line(99).call("Ringing"))
+
+    assert (await counts(sql))["notification"] == 0
+
+
+async def test_nothing_to_record_is_nothing(journal: Journal) -> None:
+    """An empty batch asks the database nothing."""
+    assert await journal.record([]) == Recorded((), (), 0)
+
+
+# ── several recorders ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_recorders_of_the_same_accounts_wait_for_each_other(
+    journal: Journal, database: str, sql: asyncpg.Connection
+) -> None:
+    """Four writers, in two processes' worth of journals, on the same two accounts in any order: all is
+    stored, no deadlock, and the ids of each account's messages rise in the order of their positions."""
+    async with await Journal.open(database) as other:
+        journals = [journal, journal, other, other]
+        lines = [[Line(1), Line(2)] for _ in journals]
+
+        async def record(number: int) -> None:
+            for turn in range(15):
+                batch_of_both = [
+                    entry
+                    for line in lines[number][:: 1 if turn % 2 else -1]
+                    for entry in line.call("Ringing", "Established", "Released", id=f"{number}-{turn}")
+                ]
+                await journals[number].record(batch_of_both)
+
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(4):
+                tasks.create_task(record(number))
+
+    assert (await counts(sql))["notification"] == 4 * 15 * 6
+    assert (await counts(sql))["call"] == 4 * 15 * 2
+    rows = await sql.fetch("SELECT stream_id, position, id FROM notification ORDER BY id")
+    for line in {row["stream_id"] for row in rows}:
+        assert [row["position"] for row in rows if row["stream_id"] == line] == list(range(1, 46))
+
+
+async def test_a_call_that_another_recorder_moved_on_is_read_again(
+    journal: Journal, database: str, sql: asyncpg.Connection
+) -> None:
+    """What a journal keeps in memory is not used when the row has changed since."""
+    mine, theirs = Line(1), Line(1, began=T0 + timedelta(minutes=1))
+    await journal.record(mine.call("Ringing"))
+    async with await Journal.open(database) as other:
+        await other.record(theirs.call("Established"))
+    mine.at = theirs.at
+
+    recorded = await journal.record(mine.call("Released"))
+
+    assert recorded.steps[0].call.outcome is Outcome.ANSWERED
+    assert await sql.fetchval("SELECT notifications FROM call") == 3
+
+
+async def test_a_rolled_back_batch_is_not_remembered(journal: Journal, sql: asyncpg.Connection) -> None:
+    """A call kept in memory is the one that was committed, not the one that was tried."""
+    line = Line()
+    await journal.record(line.call("Ringing"))
+    established = line.call("Established")
+    await sql.execute("ALTER TABLE stream ADD CONSTRAINT broken CHECK (position < 2)")
+    with pytest.raises(StoreError):
+        await journal.record(established)
+    await sql.execute("ALTER TABLE stream DROP CONSTRAINT broken")
+
+    recorded = await journal.record(established)
+
+    assert recorded.steps[0].call.notifications == 2
+    assert [change.before for change in recorded.steps[0].changes if change.field == "state"] == ["Ringing"]
+
+
+async def test_kept_calls_are_bounded(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the bound the oldest is read from the database again: slower, and no other result."""
+    monkeypatch.setattr(batch, "CALLS_KEPT_MAX", 2)
+    line = Line()
+    for number in range(5):
+        await journal.record(line.call("Ringing", id=f"call-{number}"))
+    assert len(journal._kept._calls) == 2
+
+    recorded = await journal.record(line.call("Established", id="call-0"))
+
+    assert recorded.steps[0].call.notifications == 2
+
+
+# ── accounts, restarts, partitions ────────────────────────────────────────────────────────────────────
+
+
+async def test_registering_again_gives_the_same_ids(journal: Journal, sql: asyncpg.Connection) -> None:
+    """And takes over a tenant that has changed, for that account alone."""
+    found = await journal.register(
+        [
+            AccountRow("ada", "globex", "lab"),
+            AccountRow("eve", "acme", "lab"),
+            AccountRow("eve", "acme", "lab"),
+        ]
+    )
+
+    assert found["ada"] == 1
+    assert set(found) == {"ada", "eve"}
+    rows = await sql.fetch("SELECT name, tenant FROM account ORDER BY name")
+    assert [tuple(row) for row in rows] == [("ada", "globex"), ("bob", "acme"), ("eve", "acme")]
+    assert await journal.register([]) == {}
+
+
+async def test_a_retired_account_comes_back_with_its_history(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """Its row is marked and not removed."""
+    await journal.retire([1], T0)
+    assert await sql.fetchval("SELECT removed_at FROM account WHERE id = 1") == T0
+
+    assert await journal.register([AccountRow("ada", "acme", "lab")]) == {"ada": 1}
+    assert await sql.fetchval("SELECT removed_at FROM account WHERE id = 1") is None
+
+
+async def test_the_open_calls_come_back_after_a_restart(journal: Journal, database: str) -> None:
+    """Those of the accounts asked for, without the ended ones."""
+    line = Line(1)
+    recorded = await journal.record(
+        line.call("Ringing", "Established", id="open") + line.call("Ringing", "Released", id="over")
+    )
+    await journal.record(Line(2).call("Ringing", id="other"))
+
+    async with await Journal.open(database) as another:
+        assert await another.open_calls([1]) == [recorded.steps[1].call]
+
+
+async def test_the_next_months_have_partitions(journal: Journal, sql: asyncpg.Connection) -> None:
+    """Made when they are missing, once, by a role that owns no table."""
+    name = await sql.fetchval("SELECT 'notification_' || to_char(now() AT TIME ZONE 'UTC', 'YYYY_MM')")
+    await sql.execute(f"DROP TABLE {name}")
+
+    assert await journal.ensure_partitions() == [name]
+    assert await journal.ensure_partitions() == []
+    assert (
+        await sql.fetchval("SELECT count(*) FROM pg_inherits WHERE inhparent = 'notification'::regclass") == 5
+    )
+
+
+async def test_a_message_of_another_time_goes_to_the_default_partition(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """No partition is no reason to refuse it; and that month's partition is not made over its head."""
+    now = await sql.fetchval("SELECT now()")
+    name = await sql.fetchval("SELECT 'notification_' || to_char(now() AT TIME ZONE 'UTC', 'YYYY_MM')")
+    await sql.execute(f"DROP TABLE {name}")
+
+    await journal.record(Line(began=T0).call("Ringing") + Line(2, began=now).call("Ringing"))
+
+    assert await sql.fetchval("SELECT count(*) FROM notification_default") == 2
+    assert await journal.ensure_partitions() == []
+
+
+async def test_a_long_message_is_stored_whole_and_uncompressed(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """2 to 8 kB stay in their row; a megabyte is stored as well."""
+    line = Line()
+    lengths = [3_000, 7_000, 1_000_000]
+    await journal.record([line.hear(messages.message("Ringing", id=str(n), pad="x" * n)) for n in lengths])
+
+    rows = await sql.fetch(
+        "SELECT octet_length(raw) AS length, pg_column_size(raw) AS size FROM notification ORDER BY id"
+    )
+    assert [row["size"] >= row["length"] for row in rows] == [True, True, False]
+
+
+# ── a database that does not answer ───────────────────────────────────────────────────────────────────
+
+
+async def test_a_database_that_is_not_there_is_unavailable() -> None:
+    """It may come: the caller tries again."""
+    with pytest.raises(StoreUnavailable):
+        await Journal.open("postgresql://listener@/listener?host=/nonexistent")
+
+
+async def test_a_database_without_tables_names_the_cure(postgres: Embedded, empty_database: str) -> None:
+    """So does one whose roles exist, since roles belong to the whole server."""
+    with pytest.raises(SchemaOutdated, match="listener db upgrade"):
+        await Journal.open(empty_database)
+
+
+async def test_a_database_of_another_version_is_refused(database: str, sql: asyncpg.Connection) -> None:
+    """Never write into tables that may mean something else."""
+    await sql.execute("UPDATE alembic_version SET version_num = '9999'")
+
+    with pytest.raises(SchemaOutdated, match="9999"):
+        await Journal.open(database)
+
+
+async def test_a_killed_connection_is_unavailable_and_the_next_batch_goes_through(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """As after a restart of PostgreSQL: the pool connects anew by itself."""
+    entries = Line().call("Ringing", "Established")
+    await journal.record(entries[:1])
+    killed = await sql.fetchval(
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+        " WHERE application_name = 'listener journal' AND datname = current_database()"
+    )
+    assert killed == 2
+
+    failures = 0
+    for _ in range(3):
+        try:
+            recorded = await journal.record(entries)
+            break
+        except StoreUnavailable:
+            failures += 1
+    else:
+        pytest.fail("never came back")
+
+    assert failures > 0
+    assert recorded.duplicates == 1
+    assert await sql.fetchval("SELECT notifications FROM call") == 2
+
+
+async def test_a_lock_that_somebody_holds_is_waited_for(journal: Journal, sql: asyncpg.Connection) -> None:
+    """A batch of another account goes on meanwhile."""
+    await sql.execute("BEGIN")
+    await sql.execute("SELECT FROM account WHERE id = 1 FOR UPDATE")
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(journal.record(Line(1).call("Ringing")))
+        await journal.record(Line(2).call("Ringing"))
+        assert not waiting.done()
+        await sql.execute("COMMIT")
+    assert len(waiting.result().entries) == 1
+
+
+async def test_a_cancelled_batch_is_as_if_it_had_never_been(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """A daemon that is told to stop in the middle of a transaction leaves no half of it."""
+    entries = Line(1).call("Ringing", "Established")
+    await sql.execute("BEGIN")
+    await sql.execute("SELECT FROM account WHERE id = 1 FOR UPDATE")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await journal.record(entries)
+    await sql.execute("COMMIT")
+
+    assert (await counts(sql))["notification"] == 0
+    assert len((await journal.record(entries)).entries) == 2
