@@ -217,6 +217,56 @@ def test_each_transition(before: State, after: State) -> None:
         assert changes(step, "state") == [("", before, after)]
 
 
+@pytest.mark.parametrize(
+    "life",
+    [
+        "Dialing Established Released",
+        "Dialing Released",
+        "Dialing Held Dialing Established Held Established Released",
+        "Dialing Held Released",
+        "Dialing Held Established Released",
+        "Ringing Established Held Established Released Completed",
+        "Ringing Established Held Released",
+        "Ringing Released Completed",
+        "Established Released",
+        "Held Established Released",
+        "Held Dialing Released",
+        "Released Completed",
+    ],
+)
+def test_ordinary_lives(life: str) -> None:
+    """What calls do every day is nothing odd."""
+    line = Listening()
+    for state in life.split():
+        assert kinds(line.step(v3(state), 1)) == []
+    assert legs(line) == 1
+    assert line.call.state == life.rsplit(maxsplit=1)[-1]
+
+
+@pytest.mark.parametrize(
+    "life",
+    [
+        "Dialing Ringing",
+        "Ringing Dialing",
+        "Ringing Held",
+        "Established Dialing",
+        "Established Ringing",
+        "Held Ringing",
+        "Dialing Completed",
+        "Ringing Completed",
+        "Established Completed",
+        "Held Completed",
+    ],
+)
+def test_impossible_turns(life: str) -> None:
+    """Something was not heard, or the server is wrong: the call follows, and says so."""
+    line = Listening()
+    first, second = life.split()
+    line.hear(v3(first))
+    assert kinds(line.step(v3(second), 1)) == ["impossible_transition"]
+    assert line.call.state == second
+
+
 @pytest.mark.parametrize("first", State)
 def test_each_beginning(first: State) -> None:
     """A call may be met in any state; what the table does not know is noted and taken all the same."""
@@ -782,6 +832,29 @@ def test_two_legs_of_one_call_named_by_their_uuid() -> None:
     assert (a.call.call_id, b.call.call_id) == ("A", "B")
 
 
+def test_a_leg_beside_one_that_has_the_uuid_for_its_id() -> None:
+    """The callUuid alone makes them one only as long as no two connIds tell them apart."""
+    line = Listening()
+    line.hear(message("Held", id="U", callUuid="U", connId="A"))
+    step = line.step(message("Dialing", id="B", callUuid="U", connId="B"), 1)
+    assert step.began
+    assert kinds(step) == []
+    other = Listening()
+    other.hear(message("Held", id="U", callUuid="U", connId=ABSENT))
+    step = other.step(message("Established", id="B", callUuid="U", connId="B"), 1)
+    assert kinds(step) == ["id_changed"]
+    assert step.call.aliases == ("U", "B")
+
+
+def test_a_conn_id_alone_makes_it_the_same_call() -> None:
+    """A new id with the connId of an open call is that call's; with that of one that has ended it is not."""
+    line = Listening()
+    line.hear(message("Ringing", id="U", connId="A"))
+    assert kinds(line.step(message("Established", id="V", connId="A"), 1)) == ["id_changed"]
+    line.hear(message("Released", id="V", connId="A"), 1)
+    assert line.step(message("Ringing", id="W", connId="A"), 1).began
+
+
 def test_an_id_decides_over_a_conn_id() -> None:
     """The documents show one id with two connIds (before and after a transfer): it is one call."""
     line = Listening()
@@ -978,13 +1051,32 @@ def test_a_snapshot_opens_a_call_that_came_back_unheard() -> None:
 
 
 def test_a_snapshot_may_list_what_has_ended() -> None:
-    """A call that is Released and waits to be completed is no call that came back."""
+    """A call that is Released and waits to be completed is no call that came back; of one that was completed
+    meanwhile nobody heard when, so its wrap is not known."""
     line = Listening()
     line.hear(v3("Ringing"))
     line.hear(v3("Released"), 1)
     (step,) = line.ask(resource("Released"))
     assert not step.began
     assert step.call.ended_at is not None
+    (step,) = line.ask(resource("Completed"))
+    assert (step.call.settled, step.call.wrap_s) == ("completed", None)
+
+
+def test_a_snapshot_asked_for_in_the_same_instant_is_not_newer() -> None:
+    """What was heard at the moment of asking may already be missing from the answer."""
+    line = Listening()
+    line.goes(("Ringing", 0))
+    assert line.ask(after_s=0) == []
+    assert line.ask(resource("Held"), after_s=-0.2) == []
+
+
+def test_a_snapshot_across_a_clock_set_back_ends_nothing_that_it_lists() -> None:
+    """By our clock the answer came before the question; what it lists is live all the same."""
+    line = Listening()
+    line.goes(("Ringing", 0))
+    (step,) = line.ask(resource("Held"), after_s=10, took_s=-5)
+    assert (step.call.state, step.call.open) == ("Held", True)
 
 
 def test_a_list_of_calls_that_nobody_asked_for_ends_nothing() -> None:
@@ -1178,7 +1270,10 @@ def _sessions(draw: st.DrawFn) -> list[tuple[Heard, Decoded]]:
         what = draw(st.integers(0, 9))
         body: JsonObject
         if what == 0:
-            source, asked_at = Source.SNAPSHOT, now - timedelta(seconds=draw(st.sampled_from([0, 0.1, 2])))
+            source, asked_at = (
+                Source.SNAPSHOT,
+                now - timedelta(seconds=draw(st.sampled_from([0, 0.1, 2, -1]))),
+            )
             body = {
                 "statusCode": draw(st.sampled_from([0, 0, 7])),
                 "calls": draw(st.lists(_call_resources(), max_size=3)),
