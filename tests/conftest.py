@@ -17,9 +17,6 @@ __all__ = ["database", "empty_database", "journal", "postgres", "sql", "template
 TURNS_MAX = 10
 """Turns of the loop that a task which was just cancelled may take to end."""
 
-# The samples are no part of the repository; without them there is nothing that could fail.
-collect_ignore = [] if os.environ.get("LISTENER_SAMPLES") else ["test_samples.py"]
-
 
 @pytest.fixture
 async def _tasks_end() -> AsyncIterator[None]:
