@@ -399,6 +399,7 @@ class Demo:
         logins = json.loads(await _asked(http, f"{url}/simulator/truth"))["accounts"]
         settings, accounts = configuration(url, logins, there["password"])
         (self.directory / "listener.toml").write_text(settings)
+        (self.directory / "accounts.csv").touch(mode=0o600)
         (self.directory / "accounts.csv").write_text(accounts)
 
         self._step("starting the listener")
