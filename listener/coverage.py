@@ -6,6 +6,11 @@ happened in between was said to nobody; a lost connection is a gap until the ses
 all where the server kept everything for us. The `Ledger` writes what the watches say, in order, whether the
 store answers at once or later.
 
+Two things can make "observed" a lie that no fact of the session corrects, and are seen to here. A crash
+loses what was heard and not committed: so the heartbeat vouches for an account only up to the last answer
+whose messages are all durable. And while the store is slow, a session that acknowledges leaves the newer
+messages with the server: if the server forgets the session then, the gap began when we stopped taking.
+
 Nothing here decides what a gap is (`listener.core.session` does), and nothing here speaks SQL or HTTP: the
 protocols below say what is needed of both.
 """
@@ -14,12 +19,14 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 import structlog
+from msgspec import Struct
 
-from listener.core.calls import Cover, Heard, Source
+from listener.core.calls import Cover, Heard, Snapshot, Source
+from listener.core.decode import decode
 from listener.core.session import (
     Delivered,
     Fact,
@@ -31,21 +38,41 @@ from listener.core.session import (
     SubscriptionRefused,
     Unbroken,
 )
-from listener.errors import RemoteError, StoreUnavailable
+from listener.errors import LoginRefused, RemoteError, StoreUnavailable
 
 SNAPSHOTS_AT_ONCE_MAX = 20
 """REST requests for snapshots in flight. After a server's restart every account wants one: others wait."""
 
 SNAPSHOT_RETRY_S = 1.0
 SNAPSHOT_RETRY_S_MAX = 30.0
+SNAPSHOT_REFUSED_S = 60.0
+SNAPSHOT_REFUSED_S_MAX = 3600.0
+"""Between two snapshots after the login was refused: insisting locks accounts."""
+
 LEDGER_RETRY_S = 0.5
 LEDGER_RETRY_S_MAX = 5.0
 
 COVERS_MAX = 4096
 """Covers written in one transaction."""
 
+COVERS_WAITING_MAX = 50_000
+"""When more covers wait for the store, each account's are shortened: what remains says "observed" nowhere
+where it was not said before, so that it is coarser and still true."""
+
 HEARTBEAT_S = 10.0
-"""How often "observed" is written down anew: what a crash leaves uncertain is at most this long."""
+"""How often "observed" is written down anew."""
+
+VOUCHED_GRAIN_S = 5.0
+"""Heartbeats vouch for moments on this grid, so that thousands of accounts need few statements. What a crash
+leaves uncertain is at most this, the time between two heartbeats, and the time that a long poll is held."""
+
+IN_FLIGHT_BYTES_MAX = 16 * 1024 * 1024
+"""Of one account that acknowledges: what may wait for its commit while the pipeline's backlog is full. With
+more, its session waits too, cannot keep itself alive, and is lost: a recorded gap."""
+
+QUICK_S = 0.15
+"""A commit that is quicker than this was known before the session asked again; it keeps silent for longer
+(`listener.core.session.Limits.retry_s`) before it asks with an old acknowledgement."""
 
 STARTING, UP, WAITING, REFUSED = "starting", "up", "waiting", "refused"
 """The states of a session as metrics show them."""
@@ -70,8 +97,11 @@ class Reply(Protocol):
 class Hears(Protocol):
     """Takes messages to the store: `listener.pipeline.Pipeline`."""
 
+    def take(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
+        """Calls `committed` when they are durable."""
+
     async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
-        """Returns when there is room for more; calls `committed` when they are durable."""
+        """As `take`; returns when there is room for more."""
 
 
 class CoverageJournal(Protocol):
@@ -81,7 +111,7 @@ class CoverageJournal(Protocol):
         """Writes turns of coverage, in order."""
 
     async def heartbeat(self, accounts: Iterable[int], at: datetime) -> None:
-        """These accounts are observed now."""
+        """These accounts were observed until then."""
 
 
 class Observer(Protocol):
@@ -103,37 +133,38 @@ class Observer(Protocol):
         """An account's session went from one state to another."""
 
 
-class Ledger:
-    """Writes coverage in the order in which it was told. `run` it in a task.
+Vouched = Callable[[], datetime | None]
+"""Until when everything that an account's server said is durable; None when that is not known yet."""
 
-    What waits is bounded by what can happen: an account has a handful of turns while the store is away,
-    because each wait of its session is longer than the one before.
-    """
+
+class Ledger:
+    """Writes coverage in the order in which it was told. `run` it in a task; cancel it after `drain`."""
 
     def __init__(
-        self,
-        journal: CoverageJournal,
-        *,
-        wall: Callable[[], datetime],
-        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        self, journal: CoverageJournal, *, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
     ) -> None:
         self._journal = journal
-        self._wall = wall
         self._pause = pause
         self._waiting: list[Cover] = []
+        self._shorten_at = COVERS_WAITING_MAX
         self._told = asyncio.Event()
         self._written = asyncio.Event()
         self._written.set()
-        self.observed: set[int] = set()
-        """The accounts that are observed now."""
+        self._observed: dict[int, Vouched] = {}
+        self.available = True
+        """False while the store does not answer."""
 
-    def cover(self, cover: Cover) -> None:
-        """Takes one turn; it is written soon."""
+    def cover(self, cover: Cover, vouched: Vouched = lambda: None) -> None:
+        """Takes one turn; it is written soon. `vouched` is asked at each heartbeat while it is observed."""
         self._waiting.append(cover)
         if cover.cause:
-            self.observed.discard(cover.account)
+            self._observed.pop(cover.account, None)
         else:
-            self.observed.add(cover.account)
+            self._observed[cover.account] = vouched
+        if len(self._waiting) > self._shorten_at:
+            self._waiting = shortened(self._waiting)
+            # What cannot be shortened any more must not be tried at every turn.
+            self._shorten_at = max(COVERS_WAITING_MAX, 2 * len(self._waiting))
         self._written.clear()
         self._told.set()
 
@@ -148,37 +179,94 @@ class Ledger:
             tasks.create_task(self._beat(), name="coverage-heartbeat")
 
     async def _write(self) -> None:
-        wait_s = LEDGER_RETRY_S
         while True:
             await self._told.wait()
             self._told.clear()
             while self._waiting:
-                part = self._waiting[:COVERS_MAX]
-                try:
-                    await self._journal.cover(part)
-                except StoreUnavailable:
+                part, self._waiting = self._waiting[:COVERS_MAX], self._waiting[COVERS_MAX:]
+                wait_s = LEDGER_RETRY_S
+                while not await self._stored(self._journal.cover(part)):
                     await self._pause(wait_s)
                     wait_s = min(wait_s * 2, LEDGER_RETRY_S_MAX)
-                else:
-                    wait_s = LEDGER_RETRY_S
-                    del self._waiting[: len(part)]
+            self._shorten_at = COVERS_WAITING_MAX
             self._written.set()
 
     async def _beat(self) -> None:
         while True:
             await self._pause(HEARTBEAT_S)
-            if self.observed and not self._waiting:
-                try:
-                    await self._journal.heartbeat(sorted(self.observed), self._wall())
-                except StoreUnavailable:
-                    continue  # the pipeline says so; the next beat comes
+            if not self._written.is_set():
+                continue  # an end that is not written yet would be overtaken
+            for at, accounts in self._vouched():
+                if not await self._stored(self._journal.heartbeat(accounts, at)):
+                    break  # the next beat comes
+
+    def _vouched(self) -> list[tuple[datetime, list[int]]]:
+        """The observed accounts by the moment until which they are known to be."""
+        moments: dict[datetime, list[int]] = {}
+        for account, vouched in sorted(self._observed.items()):
+            at = vouched()
+            if at is not None:
+                on_grid_s = at.timestamp() // VOUCHED_GRAIN_S * VOUCHED_GRAIN_S
+                moments.setdefault(datetime.fromtimestamp(on_grid_s, UTC), []).append(account)
+        return sorted(moments.items())
+
+    async def _stored(self, writing: Awaitable[None]) -> bool:
+        """False when the store did not answer."""
+        try:
+            await writing
+        except StoreUnavailable:
+            # A driver may answer a cancellation with the failure of the connection that it broke.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError from None
+            self.available = False
+            return False
+        self.available = True
+        return True
+
+
+def shortened(covers: Sequence[Cover]) -> list[Cover]:
+    """Of each account what is true at least: as it was up to its first gap, which lasts to its last turn."""
+    kept: list[Cover] = []
+    last: dict[int, Cover] = {}
+    ended: set[int] = set()
+    for cover in covers:
+        if cover.account in ended:
+            last[cover.account] = cover
+        else:
+            kept.append(cover)
+            if cover.cause:
+                ended.add(cover.account)
+    return [*kept, *last.values()]
+
+
+class _Gap(Struct, frozen=True):
+    """Since when an account is not observed, and why."""
+
+    since: datetime
+    cause: str
+    named: float | None
+    """What the session calls its beginning; None for the time before the first session."""
+
+
+class _InFlight(Struct, frozen=True):
+    """A delivery that is not committed yet."""
+
+    heard_at: datetime
+    taken: float
+    """The same on the steady clock."""
+    known_until: datetime
+    """When the answer before it came: all that was said until then was delivered before."""
+    size_bytes: int
 
 
 class Watch:
     """One account: hands on what its line hears, and keeps its coverage. Satisfies `adapters.cometd.Hearing`.
 
-    `snapshot` asks for the live calls; None where there is no REST to ask, and then a subscription alone
-    closes a gap. `tasks` is where the snapshot runs. Call `end` when the account is listened to no more.
+    It is unobserved since `since`, because of `cause`, until its session says otherwise. `snapshot` asks for
+    the live calls; None where there is no REST to ask, and then a subscription alone closes a gap. `tasks` is
+    where the snapshot runs, `clock` the one of the session. Call `answered` after every answer of the server,
+    `end` when the account is listened to no more.
     """
 
     def __init__(
@@ -193,6 +281,9 @@ class Watch:
         snapshot: Callable[[], Awaitable[Reply]] | None,
         snapshot_channel: str = "/api/v2/me/calls",
         turn: asyncio.Semaphore,
+        since: datetime,
+        cause: str = "not started",
+        in_flight_bytes_max: int = IN_FLIGHT_BYTES_MAX,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -208,37 +299,97 @@ class Watch:
         self._snapshot = snapshot
         self._snapshot_channel = snapshot_channel
         self._turn = turn
+        self._in_flight_bytes_max = in_flight_bytes_max
         self._clock = clock
         self._pause = pause
         self._log = structlog.get_logger().bind(account=name)
-        self._fresh = False
-        self._gap: tuple[float, datetime, str] | None = None
+        self._gap: _Gap | None = _Gap(since, cause, None)
+        self._ended = False
+        self._acknowledges = False
+        self._subscribed_at: datetime | None = None
+        self._owed = True
         self._closing: asyncio.Task[None] | None = None
+        self._in_flight: list[_InFlight] = []
+        self._answered_at: datetime | None = None
+        self._slow: datetime | None = None
+        self._behind_since: datetime | None = None
         self._stand(STARTING)
 
+    # What was heard
+
     async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
-        """Hands messages on to the pipeline."""
-        await self._pipeline.hear(heard, committed)
+        """Hands messages on to the pipeline.
+
+        A session that acknowledges asks for no more before the commit, and must be kept alive meanwhile: it
+        does not wait for room in the backlog, up to a bound. Any other has no other brake.
+        """
+        at = heard[0].received_at
+        size_bytes = sum(len(one.raw) for one in heard)
+        waiting = sum(one.size_bytes for one in self._in_flight)
+        self._in_flight.append(_InFlight(at, self._clock(), self._answered_at or at, size_bytes))
+
+        def durable() -> None:
+            # An account's deliveries are committed in their order.
+            self._slow = self._slow or self._slowest()
+            del self._in_flight[0]
+            committed()
+
+        if self._acknowledges and waiting + size_bytes <= self._in_flight_bytes_max:
+            self._pipeline.take(heard, durable)
+        else:
+            await self._pipeline.hear(heard, durable)
+
+    def answered(self, at: datetime, *, took: bool) -> None:
+        """The server answered, and what the answer brought (`took`: new messages) has been heard."""
+        slow, self._slow = self._slow or self._slowest(), None
+        if took or slow is None:
+            self._behind_since = None
+        else:
+            # Asked with an old acknowledgement, the answer was left with the server, whatever it held.
+            self._behind_since = self._behind_since or slow
+        self._answered_at = at
+
+    def _slowest(self) -> datetime | None:
+        """When the oldest delivery was heard whose commit is not known yet, if the session asks meanwhile."""
+        if not self._acknowledges or not self._in_flight:
+            return None
+        oldest = self._in_flight[0]
+        return oldest.heard_at if self._clock() - oldest.taken > QUICK_S else None
+
+    def vouched(self) -> datetime | None:
+        """Until when everything that the server said is durable, whatever happens to us now."""
+        at = self._in_flight[0].known_until if self._in_flight else self._answered_at
+        doubts = [doubt for doubt in (at, self._slow, self._behind_since) if doubt is not None]
+        return min(doubts, default=None)
+
+    # What the session says
 
     def told(self, fact: Fact, at: datetime) -> None:
         """Reads one fact of the session, of the time `at`."""
+        if self._ended:
+            return
         match fact:
             case Delivered():
                 if fact.redelivered:
                     self._observer.duplicates(fact.redelivered)
             case Handshaken():
-                self._fresh = True
+                self._owed = True
+                self._acknowledges = fact.ack
+                self._subscribed_at = None
+                self._forget_snapshot()
                 self._observer.handshake()
                 self._log.info("handshake", acknowledges=fact.ack, client_id=_masked(fact.client_id))
             case Subscribed():
-                self._subscribed(at)
-            case Gap(since, cause, detail):
-                self._lost(since, cause, detail, at)
+                self._subscribed_at = self._subscribed_at or at
+                self._goes_on(at)
+            case Gap():
+                self._lost(fact, at)
             case Unbroken():
                 # The server kept everything: there was no gap.
-                self._found(self._gap[1] if self._gap else at)
+                self._goes_on(self._gap.since if self._gap is not None else at)
             case Resumed():
-                self._found(at)
+                self._subscribed_at = at
+                self._goes_on(at)
             case SubscriptionRefused(channel, error, retry_s):
                 self._log.error("subscription refused", channel=channel, error=error, retry_s=retry_s)
                 self.trouble = f"the server refuses {channel}: {error}"
@@ -248,34 +399,53 @@ class Watch:
                 self.trouble = f"the server refuses the session: {error}"
                 self._stand(REFUSED)
 
+    def broke(self, at: datetime, detail: str) -> None:
+        """The session ended by a defect of ours, whatever it had in hand; another one will begin."""
+        self._deaf(_Gap(self.vouched() or at, "session lost", self._clock()), detail)
+
     def end(self, at: datetime, cause: str = "stopped") -> None:
-        """The account is listened to no more, from `at` on."""
+        """The account is listened to no more, from `at` on; what its session still says changes nothing."""
+        self._ended = True
         self._forget_snapshot()
+        if self._gap is not None:
+            self._count(self._gap, at)
         self._ledger.cover(Cover(self.account, at, cause))
         self._stand(None)
 
-    def _subscribed(self, at: datetime) -> None:
-        if not self._fresh or self._snapshot is None:
-            self._fresh = False
-            self._found(at)
-            return
-        self._fresh = False
-        self._forget_snapshot()
-        self._closing = self._tasks.create_task(self._close_gap(self._snapshot, at))
+    # Gaps
 
-    async def _close_gap(self, snapshot: Callable[[], Awaitable[Reply]], since: datetime) -> None:
-        """Stores what is live now; then nothing that happened before `since` is in doubt any more."""
-        wait_s = SNAPSHOT_RETRY_S
-        reply: Reply | None = None
-        while reply is None:
-            try:
-                async with self._turn:
-                    reply = await snapshot()
-            except RemoteError as error:
-                self._log.warning("snapshot failed", error=str(error), retry_s=wait_s)
-                self.trouble = f"no snapshot of the live calls: {error}"
-                await self._pause(wait_s)
-                wait_s = min(wait_s * 2, SNAPSHOT_RETRY_S_MAX)
+    def _lost(self, fact: Gap, at: datetime) -> None:
+        since = at - timedelta(seconds=max(0.0, self._clock() - fact.since))
+        if self._acknowledges and self._behind_since is not None:
+            since = min(since, self._behind_since)
+        self._deaf(_Gap(since, fact.cause, fact.since), fact.detail)
+
+    def _deaf(self, gap: _Gap, detail: str) -> None:
+        self._forget_snapshot()
+        was = self._gap
+        if was is not None and was.named == gap.named:
+            gap = _Gap(was.since, gap.cause, gap.named)  # the same, of which more is known now
+            self._log.info("gap goes on", cause=gap.cause, detail=detail)
+        else:
+            if was is not None:
+                self._count(was, gap.since)
+            self._log.warning("gap", cause=gap.cause, detail=detail, since=gap.since.isoformat())
+        self._gap = gap
+        self._ledger.cover(Cover(self.account, gap.since, gap.cause))
+        self.trouble = f"{gap.cause}: {detail}"
+        self._stand(REFUSED if gap.cause in ("login refused", "subscription refused") else WAITING)
+
+    def _goes_on(self, at: datetime) -> None:
+        """Every channel is subscribed, and all that was said since `at` is heard or will be."""
+        if not self._owed or self._snapshot is None:
+            self._owed = False
+            self._found(at)
+        elif self._closing is None:
+            self._closing = self._tasks.create_task(self._close_gap(self._snapshot))
+
+    async def _close_gap(self, snapshot: Callable[[], Awaitable[Reply]]) -> None:
+        """Stores what is live now; then nothing that happened before the subscription is in doubt."""
+        reply = await self._ask(snapshot)
         heard = Heard(
             account=self.account,
             stream=str(uuid.uuid4()),
@@ -287,37 +457,54 @@ class Watch:
             asked_at=reply.asked_at,
         )
         stored = asyncio.Event()
-        await self._pipeline.hear([heard], stored.set)
+        self._pipeline.take([heard], stored.set)
         await stored.wait()
         self._closing = None
-        self._found(since)
+        self._owed = False
+        self._found(self._subscribed_at or reply.asked_at)
 
-    def _lost(self, since: float, cause: str, detail: str, at: datetime) -> None:
-        self._forget_snapshot()
-        since_at = at - timedelta(seconds=max(0.0, self._clock() - since))
-        if self._gap is None:
-            self._log.warning("gap", cause=cause, detail=detail, since=since_at.isoformat())
-            self._gap = (since, since_at, cause)
-        else:
-            self._log.info("gap goes on", cause=cause, detail=detail)
-            since, since_at, _ = self._gap
-            self._gap = (since, since_at, cause)
-        self._ledger.cover(Cover(self.account, since_at, cause))
-        self.trouble = f"{cause}: {detail}"
-        self._stand(REFUSED if cause in ("login refused", "subscription refused") else WAITING)
+    async def _ask(self, snapshot: Callable[[], Awaitable[Reply]]) -> Reply:
+        """A reply that lists all live calls, however often it must be asked for."""
+        wait_s, most_s = SNAPSHOT_RETRY_S, SNAPSHOT_RETRY_S_MAX
+        while True:
+            try:
+                async with self._turn:
+                    reply = await snapshot()
+            except LoginRefused as error:
+                why = str(error)
+                wait_s, most_s = max(wait_s, SNAPSHOT_REFUSED_S), SNAPSHOT_REFUSED_S_MAX
+                self._stand(REFUSED)
+            except RemoteError as error:
+                why = str(error)
+            except Exception as error:  # noqa: BLE001 - a defect of ours must not end the other accounts
+                self._log.exception("snapshot broke")
+                why = f"{type(error).__name__}: {error}"
+            else:
+                decoded = decode(reply.raw, self._snapshot_channel)
+                if isinstance(decoded, Snapshot) and decoded.complete:
+                    return reply
+                why = f"the answer does not list all calls ({len(reply.raw)} bytes)"
+            self._log.warning("snapshot failed", error=why, retry_s=wait_s)
+            self.trouble = f"no snapshot of the live calls: {why}"
+            await self._pause(wait_s)
+            wait_s = min(wait_s * 2, most_s)
 
     def _found(self, at: datetime) -> None:
         """Observed from `at` on."""
-        if self._gap is not None:
-            since, _, cause = self._gap
-            seconds = self._clock() - since
-            self._log.info("gap closed", cause=cause, seconds=round(seconds, 3))
-            self._observer.gap(cause, seconds)
-            self._observer.reconnect()
-            self._gap = None
-        self._ledger.cover(Cover(self.account, at))
+        gap, self._gap = self._gap, None
+        if gap is not None:
+            self._count(gap, at)
+            if gap.named is not None:
+                self._log.info("gap closed", cause=gap.cause, until=at.isoformat())
+                self._observer.reconnect()
+        self._ledger.cover(Cover(self.account, at), self.vouched)
         self.trouble = ""
         self._stand(UP)
+
+    def _count(self, gap: _Gap, until: datetime) -> None:
+        """What the rows say of a gap that ended, or goes on for another cause."""
+        if until > gap.since:
+            self._observer.gap(gap.cause, (until - gap.since).total_seconds())
 
     def _forget_snapshot(self) -> None:
         """A snapshot of a session that is gone closes nothing."""

@@ -2,13 +2,13 @@
 
 It decides only who is given to whom, what is reloaded, and the order of starting and stopping. Start: the
 store (the bundled PostgreSQL if no other is configured), the journal, coverage ("nothing is observed yet"),
-the operations pages, then a line for each account. Stop, on SIGTERM or SIGINT, within `limits.stop_s`: no
-more sessions, coverage says "stopped", what was heard is committed, then the store; a second signal does not
-wait. SIGHUP reads the settings again: accounts that are new begin, those that are gone end, those that
+the operations pages, then a line for each account. Stop, on SIGTERM or SIGINT, within `limits.stop_s`:
+coverage says "stopped", no more sessions, what was heard is committed, then the store; a second signal does
+not wait. SIGHUP reads the settings again: accounts that are new begin, those that are gone end, those that
 changed begin anew, and all others notice nothing.
 
 One account's failure never reaches another: each runs in a task that catches whatever breaks it, says so,
-and begins again after a pause.
+in the coverage too, and begins again from nothing after a pause.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ import signal
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 
@@ -29,8 +29,9 @@ from listener import __version__
 from listener.adapters.cometd import Endpoint, Line
 from listener.adapters.genesys import GenesysClient
 from listener.core.calls import Recorded
+from listener.core.session import Delivered, Fact, Gap
 from listener.coverage import SNAPSHOTS_AT_ONCE_MAX, UP, Ledger, Watch
-from listener.errors import ListenerError, SettingsError, StoreUnavailable
+from listener.errors import ListenerError, SettingsError, StoreError, StoreUnavailable
 from listener.metrics import Metrics
 from listener.operations import Operations
 from listener.pipeline import Pipeline
@@ -46,6 +47,12 @@ STORE_RETRY_S = 1.0
 STORE_RETRY_S_MAX = 30.0
 """Between attempts to reach the database at the start."""
 
+UNFINISHED_RETRY_S = 2.0
+"""When a reload waits for the database: how long until it is tried again, and how long one try may last."""
+
+CLOSE_S = 2.0
+"""How long the database may take to say goodbye; one that hangs never does."""
+
 PARTITIONS_S = 24 * 3600.0
 """How often the partitions of the months to come are made."""
 
@@ -59,7 +66,6 @@ class _Running(Struct):
     settings: Account
     environment: Environment
     watch: Watch
-    line: Line
     task: asyncio.Task[None]
 
 
@@ -70,6 +76,28 @@ class _Works(Struct):
     pipeline: Pipeline
     ledger: Ledger
     tasks: asyncio.TaskGroup
+
+
+class _Line(Line):
+    """A line that tells its watch of every answer, also of one that brought nothing to hear."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        credentials: GenesysClient,
+        watch: Watch,
+        *,
+        clock: Callable[[], float],
+        wall: Callable[[], datetime],
+    ) -> None:
+        super().__init__(watch.account, endpoint, credentials, watch, clock=clock, wall=wall)
+        self._watch = watch
+
+    async def tell(self, facts: Sequence[Fact]) -> None:
+        await super().tell(facts)
+        if not any(isinstance(fact, Gap) for fact in facts):
+            took = any(isinstance(fact, Delivered) and fact.messages for fact in facts)
+            self._watch.answered(self.wall(), took=took)
 
 
 class _Eyes:
@@ -105,8 +133,9 @@ class _Eyes:
 class Daemon:
     """Everything that runs. `serve` it; `stop` and `reload` may be called from signal handlers.
 
-    `reread` gives the settings anew for a reload. `ready`, if given, is called once with the port of the
-    operations pages when every account has been started.
+    `reread` gives the settings anew for a reload; it is called in a thread. `ready`, if given, is called once
+    with the port of the operations pages when every account has been started. `broken_s` is how long an
+    account rests after a defect.
     """
 
     def __init__(
@@ -117,14 +146,17 @@ class Daemon:
         ready: Callable[[int], None] | None = None,
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),  # noqa: TID251 - a shell's default
         clock: Callable[[], float] = time.monotonic,
+        broken_s: float = BROKEN_S,
     ) -> None:
         self.settings = settings
         self._reread = reread
         self._ready = ready
         self._wall = wall
         self._clock = clock
+        self._broken_s = broken_s
         self._log = structlog.get_logger()
         self._stopping = asyncio.Event()
+        self._patience: asyncio.Timeout | None = None
         self._reload_wanted = False
         self._told = asyncio.Event()
         self._accounts: dict[str, _Running] = {}
@@ -134,6 +166,8 @@ class Daemon:
         self._metrics = Metrics()
         self._eyes = _Eyes(self._metrics, wall)
         self._pipeline: Pipeline | None = None
+        self._ledger: Ledger | None = None
+        self._retiring: dict[int, datetime] = {}
 
     def stop(self) -> None:
         """Stop in order; a second call stops at once."""
@@ -142,6 +176,8 @@ class Daemon:
         self._log.info("stopping")
         self._stopping.set()
         self._told.set()
+        if self._patience is not None:
+            self._patience.reschedule(asyncio.get_running_loop().time())
 
     def reload(self) -> None:
         """Read the settings again and follow what changed among the accounts."""
@@ -164,7 +200,7 @@ class Daemon:
             journal = await self._open_journal(dsn)
             if journal is None:
                 return
-            stack.push_async_callback(journal.close)
+            stack.push_async_callback(_close, journal)
             await self._listen(journal, operations.port)
 
     @asynccontextmanager
@@ -201,54 +237,113 @@ class Daemon:
         pipeline = self._pipeline = Pipeline(
             journal, self._eyes, batch_max=limits.batch_max, backlog_bytes_max=limits.backlog_bytes_max
         )
-        ledger = Ledger(journal, wall=self._wall)
+        ledger = self._ledger = Ledger(journal)
         async with asyncio.TaskGroup() as tasks:
             writing = tasks.create_task(pipeline.run(), name="pipeline")
             covering = tasks.create_task(ledger.run(), name="ledger")
             upkeep = tasks.create_task(self._upkeep(journal), name="upkeep")
             works = _Works(journal, pipeline, ledger, tasks)
-            await self._follow(self.settings, works, first=True)
-            self._starting = ""
-            calm_collector()
-            self._log.info("listening", accounts=len(self._accounts), port=port, version=__version__)
-            if self._ready is not None:
-                self._ready(port)
+            await self._until_stopped(self._follow_first(works))
+            if not self._stopping.is_set():
+                self._starting = ""
+                self._log.info("listening", accounts=len(self._accounts), port=port, version=__version__)
+                if self._ready is not None:
+                    self._ready(port)
             while not self._stopping.is_set():
-                await self._told.wait()
-                self._told.clear()
-                if self._reload_wanted and not self._stopping.is_set():
-                    self._reload_wanted = False
-                    await self._reload(works)
-            await self._end(list(self._accounts.values()))
-            try:
-                async with asyncio.timeout(limits.stop_s):
-                    await pipeline.drain()
-                    await ledger.drain()
-            except TimeoutError:
-                self._log.error(
-                    "not everything could be stored in time; it was not acknowledged",
-                    notifications=pipeline.backlog_notifications,
-                    stop_s=limits.stop_s,
-                )
+                await self._until_stopped(self._follow_changes(works))
+            await self._farewell(works)
             for task in (writing, covering, upkeep):
                 task.cancel()
         self._log.info("stopped")
+
+    async def _until_stopped(self, work: Coroutine[None, None, None]) -> None:
+        """Awaits it, or gives it up when told to stop: it may wait for a database that hangs."""
+        if self._stopping.is_set():
+            work.close()
+            return
+        try:
+            async with asyncio.timeout(None) as self._patience:
+                await work
+        except TimeoutError:
+            if not self._stopping.is_set():
+                raise
+        finally:
+            self._patience = None
+
+    async def _farewell(self, works: _Works) -> None:
+        """Ends every account and stores what was heard, within `limits.stop_s`."""
+        stop_s = self.settings.limits.stop_s
+        deadline = asyncio.get_running_loop().time() + stop_s
+        with suppress(TimeoutError):
+            # A server that does not answer the farewell must not use up the time for storing.
+            async with asyncio.timeout(stop_s / 2):
+                await self._end(list(self._accounts.values()))
+        try:
+            async with asyncio.timeout_at(deadline):
+                await works.pipeline.drain()
+                await works.ledger.drain()
+                await self._retire(works)
+        except (TimeoutError, StoreUnavailable):
+            self._log.error(
+                "not everything could be stored in time; what was not is not acknowledged",
+                notifications=works.pipeline.backlog_notifications,
+                stop_s=stop_s,
+            )
+
+    async def _follow_first(self, works: _Works) -> None:
+        """The accounts of the start; waits for a database that went away again."""
+        wait_s = STORE_RETRY_S
+        while True:
+            try:
+                await self._follow(self.settings, works, first=True)
+                return
+            except StoreUnavailable as error:
+                self._starting = f"the database does not answer: {error}"
+                self._log.error("the database does not answer", error=str(error), retry_s=wait_s)
+                await asyncio.sleep(wait_s)
+                wait_s = min(wait_s * 2, STORE_RETRY_S_MAX)
+
+    async def _follow_changes(self, works: _Works) -> None:
+        """Waits to be told something, and does it; what the database did not take is tried again."""
+        unfinished = self._reload_wanted or self._retiring
+        with suppress(TimeoutError):
+            async with asyncio.timeout(UNFINISHED_RETRY_S if unfinished else None):
+                await self._told.wait()
+        self._told.clear()
+        if self._stopping.is_set():
+            return
+        if self._reload_wanted:
+            self._reload_wanted = False
+            await self._reload(works)
+        try:
+            async with asyncio.timeout(UNFINISHED_RETRY_S):
+                await self._retire(works)
+        except (TimeoutError, StoreUnavailable):
+            self._log.info("the accounts that are gone wait for the database", accounts=len(self._retiring))
 
     async def _reload(self, works: _Works) -> None:
         """Settings that are wrong change nothing: what runs goes on as it is."""
         if self._reread is None:
             return
         try:
-            settings = self._reread()
+            settings = await asyncio.to_thread(self._reread)
+            self._tls.clear()  # certificates that were renewed are read again
             await self._follow(settings, works)
+        except StoreUnavailable as error:
+            self._reload_wanted = True
+            self._log.error("not reloaded yet; tried again soon", error=str(error))
+            return
         except ListenerError as error:
             self._log.error("not reloaded; everything goes on as it was", error=str(error))
+            return
+        except Exception:  # noqa: BLE001 - whatever was wrong with the settings, those that run are right
+            self._log.exception("not reloaded; everything goes on as it was")
             return
         self.settings = settings
         self._log.info("reloaded", accounts=len(self._accounts))
 
     async def _follow(self, settings: Settings, works: _Works, *, first: bool = False) -> None:
-        """Makes the running accounts those of `settings`."""
+        """Makes the running accounts those of `settings`. Whatever it raises, nothing was changed."""
         wanted = {account.name: account for account in settings.accounts}
         gone = [
             running
@@ -268,18 +363,40 @@ class Daemon:
             await works.journal.resume_coverage([ids[account.name] for account in new], self._wall())
         if first:
             self._metrics.open_calls(await works.journal.open_calls(list(ids.values())))
+        for number in ids.values():
+            self._retiring.pop(number, None)
+        at = self._wall()
+        self._retiring.update({each.watch.account: at for each in gone if each.settings.name not in wanted})
         await self._end(gone)
-        retired = [running.watch.account for running in gone if running.settings.name not in wanted]
-        if retired:
-            await works.ledger.drain()
-            await works.journal.retire(retired, self._wall())
-        for account in (*new, *changed):
-            self._accounts[account.name] = self._begin(account, settings, ids[account.name], works)
+        for account in new:
+            self._begin(account, settings, ids[account.name], works, "not started")
+        for account in changed:
+            self._begin(account, settings, ids[account.name], works, "stopped")
         self._metrics.accounts(len(self._accounts))
 
-    def _begin(self, account: Account, settings: Settings, number: int, works: _Works) -> _Running:
+    async def _retire(self, works: _Works) -> None:
+        """Writes down which accounts are gone, after all that was said of them. Raises StoreUnavailable."""
+        if self._retiring:
+            await works.ledger.drain()
+        for at in sorted(set(self._retiring.values())):
+            gone = [number for number, gone_at in self._retiring.items() if gone_at == at]
+            await works.journal.retire(gone, at)
+            for number in gone:
+                del self._retiring[number]
+
+    def _begin(self, account: Account, settings: Settings, number: int, works: _Works, cause: str) -> None:
+        """Begins to listen to an account, which was not observed until now because of `cause`."""
         environment = settings.environment(account)
         tls = self._context(environment)
+        endpoint = Endpoint(
+            url=environment.base_url + environment.notifications_path,
+            connection_types=("websocket", "long-polling") if environment.websocket else ("long-polling",),
+            tls=tls,
+            channels=environment.channels,
+            login_first=True,
+            delivery_bytes_max=settings.limits.delivery_bytes_max,
+        )
+
         genesys = GenesysClient(
             environment.base_url,
             settings.login_headers(account),
@@ -299,38 +416,45 @@ class Daemon:
             snapshot=genesys.snapshot,
             snapshot_channel=environment.snapshot_path,
             turn=self._turn,
+            since=self._wall(),
+            cause=cause,
+            in_flight_bytes_max=settings.limits.delivery_bytes_max,
             clock=self._clock,
         )
-        endpoint = Endpoint(
-            url=environment.base_url + environment.notifications_path,
-            connection_types=("websocket", "long-polling") if environment.websocket else ("long-polling",),
-            tls=tls,
-            channels=environment.channels,
-            login_first=True,
-            delivery_bytes_max=settings.limits.delivery_bytes_max,
-        )
-        line = Line(number, endpoint, genesys, watch, clock=self._clock, wall=self._wall)
-        task = works.tasks.create_task(self._keep(account.name, line), name=f"account {account.name}")
-        return _Running(account, environment, watch, line, task)
 
-    async def _keep(self, name: str, line: Line) -> None:
-        """Runs a line for ever; what breaks it breaks nothing else."""
+        def line() -> Line:
+            return _Line(endpoint, genesys, watch, clock=self._clock, wall=self._wall)
+
+        task = works.tasks.create_task(self._keep(watch, line), name=f"account {account.name}")
+        self._accounts[account.name] = _Running(account, environment, watch, task)
+
+    async def _keep(self, watch: Watch, line: Callable[[], Line]) -> None:
+        """Runs a line for ever; what breaks it breaks nothing else, and the next one begins from nothing."""
+        task = asyncio.current_task()
         while True:
             try:
-                await line.run()
-            except Exception:  # noqa: BLE001 - whatever it is, the other accounts must not notice
-                self._log.exception("an account broke; it begins again", account=name, retry_s=BROKEN_S)
-            await asyncio.sleep(BROKEN_S)
+                await line().run()
+                why = "it ended by itself"
+            except asyncio.CancelledError:
+                why = "it was cancelled from within"
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other accounts must not notice
+                why = f"{type(error).__name__}: {error}"
+                self._log.exception("an account broke", account=watch.name)
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError
+            self._log.error("an account begins again", account=watch.name, why=why, retry_s=self._broken_s)
+            watch.broke(self._wall(), f"a defect of the listener: {why}")
+            await asyncio.sleep(self._broken_s)
 
     async def _end(self, running: Sequence[_Running]) -> None:
         """Stops accounts, each with a farewell, all at the same time."""
-        for each in running:
-            each.task.cancel()
-        await asyncio.gather(*(each.task for each in running), return_exceptions=True)
         at = self._wall()
         for each in running:
+            # First, because from the farewell on nothing is heard any more, however long it takes.
             each.watch.end(at)
+            each.task.cancel()
             del self._accounts[each.settings.name]
+        await asyncio.gather(*(each.task for each in running), return_exceptions=True)
 
     def _context(self, environment: Environment) -> ssl.SSLContext | None:
         """The TLS context of an environment; those that trust alike share one. Raises `SettingsError`."""
@@ -355,8 +479,8 @@ class Daemon:
             await asyncio.sleep(PARTITIONS_S)
             try:
                 made = await journal.ensure_partitions()
-            except StoreUnavailable as error:
-                self._log.warning("partitions not made", error=str(error))
+            except StoreError as error:
+                self._log.error("partitions not made", error=str(error))
             else:
                 self._log.info("partitions made", partitions=made)
 
@@ -367,10 +491,13 @@ class Daemon:
 
     def not_ready(self) -> list[str]:
         """Why the daemon does not do all of its work now; empty when it does."""
+        if self._stopping.is_set():
+            return ["stopping"]
         if self._starting:
             return [self._starting]
         reasons = []
-        if self._pipeline is not None and not self._pipeline.available:
+        stores = [each.available for each in (self._pipeline, self._ledger) if each is not None]
+        if not all(stores):
             reasons.append("the database does not answer")
         troubled = [running for running in self._accounts.values() if running.watch.state != UP]
         reasons.extend(
@@ -404,14 +531,23 @@ def run(
 
     try:
         asyncio.run(serve())
-    except* ListenerError as group:
+    except ExceptionGroup as group:
         # A task group wraps even a single error; whoever called us wants that one.
-        raise _first(group) from None
+        ours, defects = group.split(ListenerError)
+        if ours is None or defects is not None:
+            raise
+        raise _first(ours) from None
 
 
-def _first(group: BaseExceptionGroup[ListenerError]) -> ListenerError:
+def _first(group: ExceptionGroup[ListenerError]) -> ListenerError:
     error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    return _first(error) if isinstance(error, ExceptionGroup) else error
+
+
+async def _close(journal: Journal) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_S):
+            await journal.close()
 
 
 def calm_collector() -> None:
@@ -439,3 +575,13 @@ def log_to_stderr(log: Log) -> None:
         ),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
     )
+    logging.basicConfig(handlers=[_Libraries()], level=logging.WARNING, force=True)
+
+
+class _Libraries(logging.Handler):
+    """What libraries warn of, in our own form: a bare traceback is no line of JSON."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        structlog.get_logger().log(
+            record.levelno, record.getMessage(), library=record.name, exc_info=record.exc_info
+        )

@@ -1,0 +1,906 @@
+"""Coverage: what an account's watch reads in the facts of its session, and what the ledger writes of it.
+
+On the real journal and the real pipeline; the session's facts, the clock and the REST server's answers are
+the test's.
+"""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import datetime, timedelta
+from itertools import pairwise
+from random import Random
+from typing import Any, NamedTuple
+
+import asyncpg
+import pytest
+
+from listener.core.calls import Cover, Recorded
+from listener.core.session import (
+    Delivered,
+    Fact,
+    Gap,
+    Handshaken,
+    Refused,
+    Resumed,
+    Subscribed,
+    SubscriptionRefused,
+    Unbroken,
+)
+from listener.coverage import (
+    COVERS_WAITING_MAX,
+    HEARTBEAT_S,
+    LEDGER_RETRY_S,
+    LEDGER_RETRY_S_MAX,
+    SNAPSHOT_RETRY_S,
+    SNAPSHOT_RETRY_S_MAX,
+    SNAPSHOTS_AT_ONCE_MAX,
+    Ledger,
+    Watch,
+)
+from listener.errors import LoginRefused, RemoteUnavailable, StoreUnavailable
+from listener.pipeline import Pipeline
+from listener.store.journal import Journal
+from tests.support.clock import BEGAN_AT, Clock, turns
+from tests.support.database import database, journal, postgres, sql, template
+from tests.support.memory import MemoryJournal, Said, until
+
+__all__ = ["database", "journal", "postgres", "sql", "template"]
+
+EMPTY = b'{"statusCode":0,"calls":[]}'
+SHAKEN = Handshaken("client-id-of-a-session", True, ("long-polling",))
+UNACKNOWLEDGED = Handshaken("client-id-of-a-session", False, ("long-polling",))
+
+
+class Row(NamedTuple):
+    """A row of coverage, in seconds since the clock began; `until` is None while it is true."""
+
+    since_s: float
+    until_s: float | None
+    cause: str
+
+
+class Answer(NamedTuple):
+    """A snapshot as it came."""
+
+    asked_at: datetime
+    received_at: datetime
+    raw: bytes
+
+
+class Rest:
+    """The REST server of a test: what the next requests for live calls are answered with."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.answers: list[bytes | Exception] = []
+        """One for each request to come; then the empty list of calls."""
+        self.asked = 0
+        self.open = asyncio.Event()
+        """Requests wait while it is not set."""
+        self.open.set()
+        self.at_once = 0
+        self.at_once_max = 0
+
+    async def snapshot(self) -> Answer:
+        """Answers one request."""
+        asked_at = self._clock.wall()
+        self.asked += 1
+        self.at_once += 1
+        self.at_once_max = max(self.at_once_max, self.at_once)
+        try:
+            await self.open.wait()
+        finally:
+            self.at_once -= 1
+        answer = self.answers.pop(0) if self.answers else EMPTY
+        if isinstance(answer, Exception):
+            raise answer
+        return Answer(asked_at, self._clock.wall(), answer)
+
+
+class Counts:
+    """What the metrics would count."""
+
+    def __init__(self) -> None:
+        self.handshakes = 0
+        self.reconnects = 0
+        self.repeated = 0
+        self.gaps: list[tuple[str, float]] = []
+        self.states: dict[str, int] = {}
+
+    def handshake(self) -> None:
+        """A handshake."""
+        self.handshakes += 1
+
+    def reconnect(self) -> None:
+        """Up again."""
+        self.reconnects += 1
+
+    def gap(self, cause: str, seconds: float) -> None:
+        """Not observed for so long."""
+        self.gaps.append((cause, round(seconds, 6)))
+
+    def duplicates(self, count: int) -> None:
+        """Repeated by the server."""
+        self.repeated += count
+
+    def session_state(self, before: str | None, after: str | None) -> None:
+        """From a state to another."""
+        for state, step in ((before, -1), (after, 1)):
+            if state is not None:
+                self.states[state] = self.states.get(state, 0) + step
+
+    def recorded(self, recorded: Recorded, seconds: float) -> None:
+        """The pipeline's, not looked at here."""
+
+    def store_failed(self, error: StoreUnavailable) -> None:
+        """The pipeline's, not looked at here."""
+
+    def backlog(self, notifications: int, size_bytes: int) -> None:
+        """The pipeline's, not looked at here."""
+
+
+class Stage:
+    """Everything that stands between the facts of two sessions and the tables."""
+
+    def __init__(self, journal: Journal, sql: asyncpg.Connection, clock: Clock) -> None:
+        self.journal = journal
+        self.clock = clock
+        self.rest = Rest(clock)
+        self.counts = Counts()
+        self.ledger = Ledger(journal, pause=clock.pause)
+        self.pipeline = Pipeline(journal, self.counts, pause=clock.pause)
+        self.turn = asyncio.Semaphore(SNAPSHOTS_AT_ONCE_MAX)
+        self.tasks = asyncio.TaskGroup()
+        self.work: list[asyncio.Task[None]] = []
+        self._sql = sql
+
+    def watch(self, account: int = 1, *, rest: bool = True, **options: Any) -> "Driven":
+        """A watch over an account, whose facts the test tells."""
+        return Driven(
+            self,
+            Watch(
+                account,
+                f"account {account}",
+                pipeline=self.pipeline,
+                ledger=self.ledger,
+                observer=self.counts,
+                tasks=self.tasks,
+                snapshot=self.rest.snapshot if rest else None,
+                turn=self.turn,
+                since=self.clock.wall(),
+                clock=self.clock.steady,
+                pause=self.clock.pause,
+                **options,
+            ),
+        )
+
+    def at(self, passed_s: float) -> datetime:
+        """The time of day so long after the clock began."""
+        return self.clock.began_at + timedelta(seconds=passed_s)
+
+    async def seen_s(self, account: int = 1) -> float | None:
+        """Until when the open row of an account is known to be true."""
+        return self._seconds(
+            await self._sql.fetchval(
+                "SELECT seen_at FROM coverage WHERE account_id = $1 AND until IS NULL", account
+            )
+        )
+
+    async def rows(self, account: int = 1) -> list[Row]:
+        """The coverage of an account; what lasted no time at all is left out."""
+        async with asyncio.timeout(10):
+            await self.ledger.drain()
+        found = [
+            Row(self._seconds(row[0]) or 0.0, self._seconds(row[1]), row[2])
+            for row in await self._sql.fetch(
+                "SELECT since, until, cause FROM coverage WHERE account_id = $1 ORDER BY since, id", account
+            )
+        ]
+        for before, after in pairwise(found):
+            assert before.until_s == after.since_s, f"a moment without a row: {found}"
+        assert [row.until_s for row in found].count(None) <= 1
+        return [row for row in found if row.until_s != row.since_s]
+
+    def _seconds(self, at: datetime | None) -> float | None:
+        return None if at is None else (at - self.clock.began_at).total_seconds()
+
+    async def settled(self) -> None:
+        """Waits until everything that was heard and told is stored."""
+        async with asyncio.timeout(10):
+            await turns()
+            await self.pipeline.drain()
+            await turns()
+            await self.ledger.drain()
+
+
+class Driven:
+    """A watch, and the test's way to tell it facts."""
+
+    def __init__(self, stage: Stage, watch: Watch) -> None:
+        self.stage = stage
+        self.watch = watch
+        self._said = Said(watch.account, str(uuid.uuid4()))
+
+    async def hear(self, count: int) -> None:
+        """The session takes so many messages now."""
+        self._said.at = self.stage.clock.wall()
+        await self.watch.hear(self._said.next(count), lambda: None)
+
+    def tell(self, *facts: Fact) -> None:
+        """The session says this now."""
+        for fact in facts:
+            self.watch.told(fact, self.stage.clock.wall())
+
+    def gap(self, cause: str, since_s: float | None = None, detail: str = "because") -> None:
+        """The session says that since that second (now, if not given) it may have missed something."""
+        since_s = self.stage.clock.passed_s if since_s is None else since_s
+        self.tell(Gap(1000.0 + since_s, cause, detail))
+
+    async def up(self, shaken: Handshaken = SHAKEN) -> None:
+        """A handshake, a subscription and a snapshot."""
+        self.tell(shaken, Subscribed())
+        await until(lambda: self.watch.state == "up")
+        await self.stage.settled()
+
+
+@pytest.fixture
+async def stage(journal: Journal, sql: asyncpg.Connection) -> AsyncIterator[Stage]:
+    """The daemon's parts round a journal with two accounts that were never listened to before."""
+    async with staged(journal, sql, Clock()) as made:
+        yield made
+
+
+@asynccontextmanager
+async def staged(journal: Journal, sql: asyncpg.Connection, clock: Clock) -> AsyncIterator[Stage]:
+    """One life of the daemon's parts, from its start to its end."""
+    stage = Stage(journal, sql, clock)
+    await journal.resume_coverage([1, 2], clock.wall())
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(stage.tasks)
+        stage.work += [stage.tasks.create_task(each.run()) for each in (stage.pipeline, stage.ledger)]
+        try:
+            yield stage
+        finally:
+            for task in stage.work:
+                task.cancel()
+
+
+@asynccontextmanager
+async def running(ledger: Ledger) -> AsyncIterator[None]:
+    """Runs a ledger during the block."""
+    async with asyncio.TaskGroup() as tasks:
+        work = tasks.create_task(ledger.run())
+        try:
+            yield
+        finally:
+            work.cancel()
+
+
+# ── A session's life ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_it_is_a_gap_until_the_snapshot_is_stored(stage: Stage) -> None:
+    """A handshake is a gap until the channels are subscribed and the live calls are stored; then it ended
+    when they were subscribed."""
+    one = stage.watch()
+    stage.rest.open.clear()
+    await stage.clock.advance(1)
+    one.tell(SHAKEN)
+    await stage.clock.advance(1)
+    one.tell(Subscribed())
+    await stage.clock.advance(5)
+    await turns()
+    assert await stage.rows() == [Row(0, None, "not started")]
+    assert one.watch.state == "starting"
+    stage.rest.open.set()
+    await until(lambda: one.watch.state == "up")
+    assert await stage.rows() == [Row(0, 2, "not started"), Row(2, None, "")]
+    stored = await stage._sql.fetch("SELECT source, raw FROM notification")
+    assert [tuple(row) for row in stored] == [("snapshot", EMPTY)]
+    assert one.watch.trouble == ""
+
+
+async def test_a_snapshot_that_fails_is_asked_for_again_and_the_gap_stays(stage: Stage) -> None:
+    """Ever more slowly, up to a cap; the gap ends with the first that is stored."""
+    one = stage.watch()
+    stage.rest.answers = [RemoteUnavailable("no answer")] * 8
+    one.tell(SHAKEN, Subscribed())
+    await turns()
+    assert "no answer" in one.watch.trouble
+    await stage.clock.advance(60)
+    assert await stage.rows() == [Row(0, None, "not started")]
+    await stage.clock.advance(120)
+    await until(lambda: one.watch.state == "up")
+    waits = [SNAPSHOT_RETRY_S * 2**n for n in range(5)] + [SNAPSHOT_RETRY_S_MAX] * 3
+    assert [s for s in stage.clock.pauses_s if s in waits][: len(waits)] == waits
+    assert await stage.rows() == [Row(0, None, "")]
+
+
+async def test_an_answer_that_does_not_list_all_calls_closes_no_gap(stage: Stage) -> None:
+    """A status that says error, a page of a proxy: nothing may be concluded from them, so they are no
+    snapshot."""
+    one = stage.watch()
+    stage.rest.answers = [b'{"statusCode":4,"calls":[]}', b"<html>maintenance</html>", b'{"statusCode":0}']
+    one.tell(SHAKEN, Subscribed())
+    await turns()
+    await stage.pipeline.drain()
+    await turns()
+    assert one.watch.state == "starting"
+    await stage.clock.advance(10)
+    await until(lambda: one.watch.state == "up")
+    assert stage.rest.asked == 4
+    assert await stage._sql.fetchval("SELECT count(*) FROM notification") == 1
+
+
+async def test_a_snapshot_that_breaks_is_the_trouble_of_its_account_alone(stage: Stage) -> None:
+    """Whatever a request raises, also a defect of ours: it is said and tried again, and nobody else ends."""
+    one, two = stage.watch(1), stage.watch(2)
+    stage.rest.answers = [ZeroDivisionError("a defect")]
+    one.tell(SHAKEN, Subscribed())
+    await turns()
+    assert "a defect" in one.watch.trouble
+    await two.up()
+    await stage.clock.advance(SNAPSHOT_RETRY_S)
+    await until(lambda: one.watch.state == "up")
+
+
+async def test_a_refused_login_is_not_insisted_upon_by_the_snapshot(stage: Stage) -> None:
+    """To try a wrong password every few seconds locks the account: the waits are those of a refused login."""
+    one = stage.watch()
+    stage.rest.answers = [LoginRefused("HTTP 403")] * 4
+    one.tell(SHAKEN, Subscribed())
+    await turns()
+    assert one.watch.state == "refused"
+    await stage.clock.advance(300)
+    assert stage.rest.asked <= 4
+    await stage.clock.advance(4000)
+    await until(lambda: one.watch.state == "up")
+
+
+async def test_an_unbroken_session_leaves_no_gap(stage: Stage) -> None:
+    """The connection was lost and the server kept everything: not a second of gap, in the rows and in the
+    metric, but while nobody could know it was one."""
+    one = stage.watch()
+    await one.up()
+    await stage.clock.advance(10)
+    one.gap("disconnected", 8)
+    assert await stage.rows() == [Row(0, 8, ""), Row(8, None, "disconnected")]
+    assert one.watch.state == "waiting"
+    await stage.clock.advance(5)
+    one.tell(Unbroken())
+    assert await stage.rows() == [Row(0, 8, ""), Row(8, None, "")]
+    assert sum(seconds for _, seconds in stage.counts.gaps) == 0
+    assert stage.counts.reconnects == 1
+    assert one.watch.state == "up"
+
+
+async def test_a_resumed_session_leaves_a_gap(stage: Stage) -> None:
+    """Without acknowledgements, what was in flight is lost: a gap from the last answer to the next."""
+    one = stage.watch()
+    await one.up(UNACKNOWLEDGED)
+    await stage.clock.advance(10)
+    one.gap("disconnected", 8)
+    await stage.clock.advance(5)
+    one.tell(Resumed())
+    assert await stage.rows() == [Row(0, 8, ""), Row(8, 15, "disconnected"), Row(15, None, "")]
+    assert stage.counts.gaps[-1] == ("disconnected", 7.0)
+    assert stage.counts.reconnects == 1
+
+
+async def test_the_cause_of_a_gap_becomes_known(stage: Stage) -> None:
+    """A connection lost turns out to be a session lost: the whole gap has the cause that explains it."""
+    one = stage.watch()
+    await one.up()
+    await stage.clock.advance(10)
+    one.gap("disconnected", 9)
+    await stage.clock.advance(2)
+    one.gap("session lost", 9)
+    await stage.clock.advance(3)
+    one.tell(SHAKEN, Subscribed())
+    await until(lambda: one.watch.state == "up")
+    assert await stage.rows() == [Row(0, 9, ""), Row(9, 15, "session lost"), Row(15, None, "")]
+    assert stage.counts.gaps[-1] == ("session lost", 6.0)
+
+
+async def test_a_session_lost_during_the_snapshot_closes_nothing(stage: Stage) -> None:
+    """The snapshot of a session that is gone is forgotten; that of the next one counts."""
+    one = stage.watch()
+    stage.rest.open.clear()
+    one.tell(SHAKEN, Subscribed())
+    await turns()
+    await stage.clock.advance(2)
+    one.gap("session lost", 1)
+    stage.rest.open.set()
+    await turns(50)
+    assert [row.cause for row in await stage.rows()] == ["not started", "session lost"]
+    await stage.clock.advance(2)
+    one.tell(SHAKEN, Subscribed())
+    await until(lambda: one.watch.state == "up")
+    assert await stage.rows() == [Row(0, 1, "not started"), Row(1, 4, "session lost"), Row(4, None, "")]
+
+
+@pytest.mark.parametrize(("fact", "observed_since_s"), [(Unbroken(), 3.0), (Resumed(), 5.0)])
+async def test_a_connection_lost_during_the_snapshot_leaves_the_snapshot_owed(
+    stage: Stage, fact: Fact, observed_since_s: float
+) -> None:
+    """The session goes on, but what happened before it is still unknown: no snapshot, no end of the gap."""
+    one = stage.watch()
+    stage.rest.open.clear()
+    await stage.clock.advance(2)
+    one.tell(SHAKEN, Subscribed())
+    await turns()
+    await stage.clock.advance(2)
+    one.gap("disconnected", 3)
+    await turns()
+    await stage.clock.advance(1)
+    one.tell(fact)
+    await turns()
+    assert [row.cause for row in await stage.rows()][-1] != ""
+    stage.rest.open.set()
+    await until(lambda: one.watch.state == "up")
+    rows = await stage.rows()
+    assert rows[-1] == Row(observed_since_s, None, "")
+    assert stage.rest.asked == 2
+    assert await stage._sql.fetchval("SELECT count(*) FROM notification") == 1
+
+
+async def test_a_second_confirmation_does_not_stand_for_the_snapshot(stage: Stage) -> None:
+    """A server may confirm a subscription twice; only the snapshot closes the gap."""
+    one = stage.watch()
+    stage.rest.open.clear()
+    one.tell(SHAKEN, Subscribed())
+    await turns()
+    one.tell(Subscribed())
+    await turns()
+    assert await stage.rows() == [Row(0, None, "not started")]
+    stage.rest.open.set()
+    await until(lambda: one.watch.state == "up")
+    assert stage.rest.asked == 1
+
+
+async def test_a_refused_subscription_is_a_gap_that_a_person_sees(stage: Stage) -> None:
+    """It says which channel and why, and ends with the confirmation and the snapshot."""
+    one = stage.watch()
+    one.tell(SHAKEN, SubscriptionRefused("/v2/me/calls", "403::denied", 5.0))
+    one.gap("subscription refused", 0, "403::denied")
+    assert one.watch.state == "refused"
+    assert "403::denied" in one.watch.trouble
+    await stage.clock.advance(5)
+    one.tell(Subscribed())
+    await until(lambda: one.watch.state == "up")
+    assert await stage.rows() == [Row(0, 5, "subscription refused"), Row(5, None, "")]
+    one.gap("session lost")
+    one.tell(Refused("none", 60.0))
+    assert one.watch.state == "refused"
+    assert "none" in one.watch.trouble
+
+
+async def test_a_watch_without_rest_takes_the_subscription_for_the_end_of_the_gap(
+    stage: Stage,
+) -> None:
+    """Where there is nothing to ask for live calls."""
+    one = stage.watch(rest=False)
+    await stage.clock.advance(2)
+    one.tell(SHAKEN, Subscribed())
+    assert await stage.rows() == [Row(0, 2, "not started"), Row(2, None, "")]
+    one.gap("session lost", 1)
+    one.tell(SHAKEN)
+    await stage.clock.advance(2)
+    one.tell(Subscribed())
+    assert (await stage.rows())[-1] == Row(4, None, "")
+
+
+async def test_the_end_is_a_row_and_the_last_word(stage: Stage) -> None:
+    """From then on it is "stopped"; a snapshot under way is given up, and the farewell changes nothing."""
+    one, two = stage.watch(1), stage.watch(2)
+    await one.up()
+    stage.rest.open.clear()
+    two.tell(SHAKEN, Subscribed())
+    await turns()
+    await stage.clock.advance(10)
+    for each in (one, two):
+        each.watch.end(stage.clock.wall())
+    await stage.clock.advance(3)
+    one.gap("session lost")
+    one.tell(Unbroken(), Subscribed())
+    stage.rest.open.set()
+    await turns()
+    assert await stage.rows(1) == [Row(0, 10, ""), Row(10, None, "stopped")]
+    assert await stage.rows(2) == [Row(0, 10, "not started"), Row(10, None, "stopped")]
+    assert {state: count for state, count in stage.counts.states.items() if count} == {}
+    assert stage.counts.gaps == [("not started", 10.0)]
+
+
+async def test_the_server_repeating_messages_is_counted(stage: Stage) -> None:
+    """What was recognised as repeated is a number, and changes no coverage."""
+    one = stage.watch()
+    await one.up()
+    one.tell(Delivered(3, [], redelivered=2))
+    assert stage.counts.repeated == 2
+    assert await stage.rows() == [Row(0, None, "")]
+
+
+async def test_snapshots_take_turns(stage: Stage) -> None:
+    """After a server's restart every account wants one: only so many are asked for at a time."""
+    many = [stage.watch(1 + number % 2) for number in range(3 * SNAPSHOTS_AT_ONCE_MAX)]
+    stage.rest.open.clear()
+    for each in many:
+        each.tell(SHAKEN, Subscribed())
+    await turns()
+    assert stage.rest.at_once == SNAPSHOTS_AT_ONCE_MAX
+    stage.rest.open.set()
+    await until(lambda: all(each.watch.state == "up" for each in many))
+    assert stage.rest.at_once_max == SNAPSHOTS_AT_ONCE_MAX
+    assert stage.rest.asked == len(many)
+
+
+# ── What a crash leaves ───────────────────────────────────────────────────────────────────────────────
+
+
+@asynccontextmanager
+async def held(dsn: str) -> AsyncIterator[None]:
+    """Lets no message of the account 1 be committed during the block; coverage goes on."""
+    holder = await asyncpg.connect(dsn)
+    try:
+        await holder.execute("BEGIN; LOCK TABLE notification IN SHARE MODE")
+        yield
+    finally:
+        await holder.close()
+
+
+async def seen(stage: Stage, until_s: float) -> None:
+    """Lets time pass until a heartbeat vouches until then, and several more: it stays so."""
+    async with asyncio.timeout(10):
+        while await stage.seen_s() != until_s:
+            await stage.clock.advance(1)
+    for _ in range(3):
+        await stage.clock.advance(HEARTBEAT_S)
+        assert await stage.seen_s() == until_s
+
+
+async def crash(stage: Stage) -> None:
+    """Everything that is not in the database is gone from here on."""
+    for task in stage.work:
+        task.cancel()
+    await asyncio.gather(*stage.work, return_exceptions=True)
+
+
+async def test_the_heartbeat_says_until_when_the_last_answer_vouches(
+    stage: Stage, journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """After a crash the gap begins where the server's last answer came, not where the process was last alive:
+    a connection that was dead by then would not have been noticed yet."""
+    one = stage.watch()
+    await one.up()
+    one.watch.answered(stage.clock.wall(), took=False)
+    await stage.clock.advance(12)
+    one.watch.answered(stage.clock.wall(), took=False)
+    await stage.clock.advance(40)
+    await seen(stage, 10)
+    await crash(stage)
+    later = Clock(stage.clock.began_at)
+    later.passed_s = 100
+    async with staged(journal, sql, later) as restarted:
+        assert await restarted.rows() == [Row(0, 10, ""), Row(10, None, "not started")]
+
+
+async def test_the_heartbeat_never_vouches_for_what_is_not_committed(
+    stage: Stage, journal: Journal, sql: asyncpg.Connection, database: str
+) -> None:
+    """A message that was heard and not stored when the process died lies inside the gap."""
+    one = stage.watch()
+    await one.up()
+    await stage.clock.advance(20)
+    one.watch.answered(stage.clock.wall(), took=False)
+    await stage.clock.advance(5)
+    async with held(database):
+        await one.hear(1)
+        for _ in range(10):
+            await stage.clock.advance(4)
+            one.watch.answered(stage.clock.wall(), took=False)
+            await turns(50)
+        await seen(stage, 20)
+        await crash(stage)
+    later = Clock(stage.clock.began_at)
+    later.passed_s = 100
+    async with staged(journal, sql, later) as restarted:
+        assert await restarted.rows() == [Row(0, 20, ""), Row(20, None, "not started")]
+
+
+async def test_what_was_stored_after_the_last_heartbeat_was_observed(
+    stage: Stage, journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """The last message that was committed before a crash vouches too."""
+    one = stage.watch()
+    await one.up()
+    await stage.clock.advance(7)
+    await one.hear(3)
+    await stage.settled()
+    await crash(stage)
+    later = Clock(stage.clock.began_at)
+    later.passed_s = 50
+    async with staged(journal, sql, later) as restarted:
+        assert await restarted.rows() == [Row(0, 7, ""), Row(7, None, "not started")]
+        again = restarted.watch()
+        await again.up()
+        assert await restarted.rows() == [Row(0, 7, ""), Row(7, 50, "not started"), Row(50, None, "")]
+
+
+async def test_a_planned_stop_is_still_stopped_at_the_next_start(
+    stage: Stage, journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """The time between a stop and the next subscription has the cause "stopped"."""
+    one = stage.watch()
+    await one.up()
+    await stage.clock.advance(5)
+    one.watch.end(stage.clock.wall())
+    await stage.settled()
+    await crash(stage)
+    later = Clock(stage.clock.began_at)
+    later.passed_s = 60
+    async with staged(journal, sql, later) as restarted:
+        await restarted.watch().up()
+        assert await restarted.rows() == [Row(0, 5, ""), Row(5, 60, "stopped"), Row(60, None, "")]
+
+
+# ── A store that is slow or away ──────────────────────────────────────────────────────────────────────
+
+
+async def test_a_session_lost_while_the_store_is_slow_was_deaf_since_we_stopped_taking(
+    stage: Stage, database: str
+) -> None:
+    """A session that acknowledges leaves what is newer with the server until the commit. When the server
+    forgets the session then, that is lost, although it answered a moment ago."""
+    one = stage.watch()
+    await one.up()
+    one.watch.answered(stage.clock.wall(), took=False)
+    await stage.clock.advance(10)
+    async with held(database):
+        await one.hear(1)
+        one.watch.answered(stage.clock.wall(), took=True)
+        for _ in range(5):
+            await stage.clock.advance(4)
+            one.watch.answered(stage.clock.wall(), took=False)
+        await stage.clock.advance(1)
+        one.gap("session lost", 30)
+    await stage.settled()
+    assert await stage.rows() == [Row(0, 10, ""), Row(10, None, "session lost")]
+
+
+async def test_a_session_that_caught_up_is_vouched_for_again(stage: Stage, database: str) -> None:
+    """Once an answer that was asked for after the commit has come, nothing is left behind."""
+    one = stage.watch()
+    await one.up()
+    await stage.clock.advance(10)
+    async with held(database):
+        await one.hear(1)
+        one.watch.answered(stage.clock.wall(), took=True)
+        await stage.clock.advance(4)
+        one.watch.answered(stage.clock.wall(), took=False)
+        assert one.watch.vouched() == stage.at(10)
+    await stage.settled()
+    assert one.watch.vouched() == stage.at(10)
+    await stage.clock.advance(1)
+    one.watch.answered(stage.clock.wall(), took=False)
+    assert one.watch.vouched() == stage.at(10), "this answer may have been asked for before the commit"
+    await stage.clock.advance(1)
+    one.watch.answered(stage.clock.wall(), took=False)
+    assert one.watch.vouched() == stage.at(16)
+    one.gap("session lost", 16)
+    assert await stage.rows() == [Row(0, 16, ""), Row(16, None, "session lost")]
+
+
+@pytest.mark.parametrize(("shaken", "waits"), [(SHAKEN, False), (UNACKNOWLEDGED, True)])
+async def test_only_a_session_without_acknowledgements_waits_for_room(
+    stage: Stage, database: str, shaken: Handshaken, waits: bool
+) -> None:
+    """One that acknowledges takes nothing more anyway, and has to keep itself alive meanwhile."""
+    stage.pipeline = Pipeline(stage.journal, stage.counts, backlog_bytes_max=10, pause=stage.clock.pause)
+    stage.work.append(stage.tasks.create_task(stage.pipeline.run()))
+    one = stage.watch()
+    await one.up(shaken)
+    async with held(database):
+        hearing = stage.tasks.create_task(one.hear(1))
+        await until(lambda: stage.pipeline.backlog_notifications == 1)
+        await turns()
+        assert hearing.done() is not waits
+    async with asyncio.timeout(10):
+        await hearing
+
+
+async def test_a_session_that_acknowledges_waits_when_too_much_of_its_own_is_not_committed(
+    stage: Stage, database: str
+) -> None:
+    """The bound of what one account may have in flight."""
+    stage.pipeline = Pipeline(stage.journal, stage.counts, backlog_bytes_max=10, pause=stage.clock.pause)
+    stage.work.append(stage.tasks.create_task(stage.pipeline.run()))
+    one = stage.watch(in_flight_bytes_max=1000)
+    await one.up()
+    async with held(database):
+        async with asyncio.timeout(10):
+            await one.hear(1)
+        hearing = stage.tasks.create_task(one.hear(20))
+        await turns()
+        assert not hearing.done()
+    async with asyncio.timeout(10):
+        await hearing
+
+
+async def test_coverage_waits_for_a_store_that_is_away_and_keeps_its_order() -> None:
+    """Turns are written in order when it is back; meanwhile the ledger says that it is not available."""
+    memory, clock = MemoryJournal(), Clock()
+    ledger = Ledger(memory, pause=clock.pause)
+    told = [Cover(1, clock.wall()), Cover(2, clock.wall()), Cover(1, clock.wall(), "disconnected")]
+    async with running(ledger):
+        memory.available = False
+        for cover in told[:2]:
+            ledger.cover(cover)
+        await turns()
+        available = [ledger.available]
+        ledger.cover(told[2])
+        await clock.advance(30)
+        waits = clock.pauses_s[1:6]
+        assert waits == [LEDGER_RETRY_S * 2**n for n in range(4)] + [LEDGER_RETRY_S_MAX]
+        memory.available = True
+        await clock.advance(10)
+        await ledger.drain()
+        available.append(ledger.available)
+    assert memory.covers == told
+    assert available == [False, True]
+
+
+async def test_a_heartbeat_that_fails_says_that_the_store_is_away() -> None:
+    """Where nobody calls, nothing else would notice that the database is down."""
+    memory, clock = MemoryJournal(), Clock()
+    ledger = Ledger(memory, pause=clock.pause)
+    async with running(ledger):
+        ledger.cover(Cover(1, clock.wall()), clock.wall)
+        await ledger.drain()
+        memory.available = False
+        await clock.advance(HEARTBEAT_S)
+        available = [ledger.available]
+        memory.available = True
+        await clock.advance(HEARTBEAT_S)
+        available.append(ledger.available)
+    assert memory.beats == [(frozenset({1}), clock.wall())]
+    assert available == [False, True]
+
+
+async def test_no_heartbeat_overtakes_a_gap_that_is_not_written_yet() -> None:
+    """While covers wait for the store nothing is vouched for: the row that a heartbeat would lengthen is one
+    that has ended."""
+
+    class CoverRefused(MemoryJournal):
+        refusing = False
+
+        async def cover(self, covers: Sequence[Cover]) -> None:
+            if self.refusing:
+                raise StoreUnavailable("A lock was not to be had in time.")
+            await super().cover(covers)
+
+    memory, clock = CoverRefused(), Clock()
+    ledger = Ledger(memory, pause=clock.pause)
+    async with running(ledger):
+        ledger.cover(Cover(1, clock.wall()), clock.wall)
+        await ledger.drain()
+        await clock.advance(HEARTBEAT_S)
+        assert len(memory.beats) == 1
+        memory.refusing = True
+        ledger.cover(Cover(1, clock.wall(), "disconnected"))
+        ledger.cover(Cover(1, clock.wall()), clock.wall)
+        await clock.advance(5 * HEARTBEAT_S)
+        assert len(memory.beats) == 1
+        memory.refusing = False
+        await clock.advance(2 * HEARTBEAT_S)
+        assert len(memory.beats) >= 2
+
+
+async def test_coverage_that_waits_is_bounded_and_stays_true() -> None:
+    """Sessions that flap for days while the store is away: each account keeps its first gap and its last
+    turn, and "observed" is said nowhere where it was not."""
+    memory, clock = MemoryJournal(), Clock()
+    ledger = Ledger(memory, pause=clock.pause)
+    accounts = range(1, 11)
+    async with running(ledger):
+        memory.available = False
+        for account in accounts:
+            ledger.cover(Cover(account, clock.wall()))
+        await turns()
+        flaps = COVERS_WAITING_MAX // 10
+        for flap in range(flaps):
+            await clock.advance(1)
+            for account in accounts:
+                ledger.cover(Cover(account, clock.wall(), "disconnected"))
+                ledger.cover(Cover(account, clock.wall() + timedelta(seconds=0.5)))
+            if flap == flaps // 2:
+                assert len(ledger._waiting) <= COVERS_WAITING_MAX
+        memory.available = True
+        await clock.advance(10)
+        await ledger.drain()
+    assert len(memory.covers) < COVERS_WAITING_MAX
+    for account in accounts:
+        told = [cover for cover in memory.covers if cover.account == account]
+        assert [cover.at for cover in told] == sorted(cover.at for cover in told)
+        assert told[1] == Cover(account, BEGAN_AT + timedelta(seconds=1), "disconnected")
+        assert told[-1] == Cover(account, BEGAN_AT + timedelta(seconds=flaps + 0.5))
+
+
+async def test_the_ledger_ends_when_a_cancellation_is_answered_with_a_failure() -> None:
+    """As the pipeline: nobody cancels twice."""
+
+    class Swallowing(MemoryJournal):
+        async def cover(self, covers: object) -> None:  # noqa: ARG002 - the signature is the journal's
+            self.attempts += 1
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise StoreUnavailable("The connection was closed in the middle of a statement.") from None
+
+    memory, clock = Swallowing(), Clock()
+    ledger = Ledger(memory, pause=clock.pause)
+    async with asyncio.timeout(5), running(ledger):
+        ledger.cover(Cover(1, clock.wall()))
+        await until(lambda: memory.attempts == 1)
+    assert memory.attempts == 1
+
+
+# ── Whatever happens ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_whatever_the_session_says_no_deaf_moment_is_called_observed(
+    stage: Stage, sql: asyncpg.Connection, seed: int
+) -> None:
+    """A session's life at random, beside a model of what the server would have lost: from start to stop each
+    moment has a row, and "observed" covers none at which the account was deaf."""
+    dice = Random(seed)
+    one = stage.watch()
+    deaf: list[tuple[float, float, str]] = []
+    began_s, up, acknowledges = 0.0, False, True
+    for _ in range(60):
+        await stage.clock.advance(1)
+        now_s = stage.clock.passed_s
+        if not up:
+            acknowledges = dice.random() < 0.7
+            one.tell(SHAKEN if acknowledges else UNACKNOWLEDGED)
+            await stage.clock.advance(1)
+            if dice.random() < 0.2:
+                one.gap("session lost", now_s)
+                continue
+            stage.rest.answers = [RemoteUnavailable("away")] * dice.choice([0, 0, 1, 3])
+            one.tell(Subscribed())
+            deaf.append((began_s, stage.clock.passed_s, "session"))
+            up = True
+        elif dice.random() < 0.4:
+            await one.hear(dice.randrange(1, 4))
+            one.watch.answered(stage.clock.wall(), took=True)
+        else:
+            since_s = now_s - dice.choice([0.0, 0.5])
+            one.gap("disconnected", since_s)
+            await stage.clock.advance(dice.choice([0.5, 2]))
+            if dice.random() < 0.5:
+                one.tell(Unbroken() if acknowledges else Resumed())
+                if not acknowledges:
+                    deaf.append((since_s, stage.clock.passed_s, "connection"))
+            else:
+                one.gap("session lost", since_s)
+                began_s, up = since_s, False
+        if dice.random() < 0.3:
+            await turns(50)
+    if not up:
+        deaf.append((began_s, stage.clock.passed_s, "session"))
+    one.watch.end(stage.clock.wall())
+    await stage.settled()
+    rows = await stage.rows()
+    assert rows[0].since_s == 0
+    assert rows[-1] == Row(stage.clock.passed_s, None, "stopped")
+    for row in rows[:-1]:
+        if row.cause == "":
+            for since_s, until_s, what in deaf:
+                overlap_s = min(until_s, row.until_s or until_s) - max(since_s, row.since_s)
+                assert overlap_s <= 0, f"{row} calls observed what was deaf ({what}) {since_s} to {until_s}"
+    counted_s = sum(seconds for _, seconds in stage.counts.gaps)
+    recorded_s = sum((row.until_s or 0) - row.since_s for row in rows[:-1] if row.cause)
+    assert counted_s == pytest.approx(recorded_s, abs=1e-3)
