@@ -19,18 +19,18 @@ CHANNEL = "/v2/me/calls"
 
 _BEGAN_AT = datetime(2026, 3, 2, 8, 0, tzinfo=UTC)
 _USER_DATA_OPS = ["AttachUserData", "UpdateUserData", "DeleteUserData", "DeleteUserDataPair"]
-_TALKING = ["Hangup", "Hold", "SendDtmf", "SingleStepTransfer", "SingleStepConference", "InitiateTransfer",
-            "InitiateConference", "StartCallRecording", *_USER_DATA_OPS]  # fmt: skip
+_TALKING = ["Hangup", "Hold", "SendDtmf", "SingleStepTransfer", "InitiateTransfer", "InitiateConference",
+            "StartCallRecording", *_USER_DATA_OPS]  # fmt: skip
 _SCRIPT: tuple[tuple[str, str, list[str]], ...] = (
     ("StatusChange", "Ringing", ["Answer", "ClearCall", *_USER_DATA_OPS]),
     ("AttachedDataChanged", "Ringing", ["Answer", "ClearCall", *_USER_DATA_OPS]),
     ("StatusChange", "Established", _TALKING),
-    ("CallRecordingStateChange", "Established", [*_TALKING[:7], "StopCallRecording", *_USER_DATA_OPS]),
-    ("AttachedDataChanged", "Established", [*_TALKING[:7], "StopCallRecording", *_USER_DATA_OPS]),
+    ("CallRecordingStateChange", "Established", [*_TALKING[:6], "StopCallRecording", *_USER_DATA_OPS]),
+    ("AttachedDataChanged", "Established", [*_TALKING[:6], "StopCallRecording", *_USER_DATA_OPS]),
     ("StatusChange", "Held", ["Retrieve", "Hangup", *_USER_DATA_OPS]),
-    ("StatusChange", "Established", [*_TALKING[:7], "StopCallRecording", *_USER_DATA_OPS]),
-    ("DtmfSent", "Established", [*_TALKING[:7], "StopCallRecording", *_USER_DATA_OPS]),
-    ("AttachedDataChanged", "Established", [*_TALKING[:7], "StopCallRecording", *_USER_DATA_OPS]),
+    ("StatusChange", "Established", [*_TALKING[:6], "StopCallRecording", *_USER_DATA_OPS]),
+    ("DtmfSent", "Established", [*_TALKING[:6], "StopCallRecording", *_USER_DATA_OPS]),
+    ("AttachedDataChanged", "Established", [*_TALKING[:6], "StopCallRecording", *_USER_DATA_OPS]),
     ("StatusChange", "Released", []),
 )
 
@@ -49,7 +49,6 @@ class _MadeCall:
         self.began_ms = 1_772_438_400_000 + dice.randrange(3_600_000)
         self.user_data: dict[str, object] = {
             "IW_CaseUid": str(uuid.UUID(int=dice.getrandbits(128))),
-            "IW_BundleUid": str(uuid.UUID(int=dice.getrandbits(128))),
             "AccountNumber": str(dice.randrange(10**8)),
             "Segment": dice.choice(["gold", "silver", "bronze"]),
         }

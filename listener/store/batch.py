@@ -1,20 +1,21 @@
 """What one transaction does with a batch of messages: what is new of it, what follows from that, which rows.
 
-`write` runs under the locks that the journal holds, and asks four things of the database, whatever the size
-of the batch: up to which position each stream is committed, which calls the messages' ids name, the calls
-themselves, and then that all rows be written. Between reading and writing, the messages are folded in memory.
+`write` runs under the locks of the batch's accounts. It asks the database up to which position each stream is
+committed and which calls the messages' ids name, folds the messages in memory, and writes all rows: a handful
+of statements, whatever the size of the batch.
 
 New rows go in by COPY. Calls that go on are updated from one array of composite values (`call_moved`), which
 holds the columns that move in the life of a call; the others are corrected apart, in the rare batch that
 needs it. Both were chosen by measurement (`benchmarks/journal.py`).
 
-**Calls are kept, not trusted.** Reading a call back costs more than folding a message into it, so the calls
-that were written are kept in `Recollection`, each with the id of the transaction that wrote it. PostgreSQL
-tells that id for every row (`xmin`), and it changes with every write, whoever writes: a kept call is used
-only when the row, read under the lock, still has the same. So several recorders may work on one account.
+**What was written is kept, not trusted.** Finding and reading the calls of a batch costs more than folding
+messages into them, so each account's open calls are kept in `Recollection` after a commit. Every batch also
+writes the row of each of its accounts, and PostgreSQL says for a row which transaction wrote it last
+(`xmin`): what is kept of an account is used only if that was the transaction that it was kept after. So
+several recorders may work on one account, and whoever else changes an account's calls must write its row.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from operator import attrgetter
@@ -62,73 +63,114 @@ class RefusedValue(Exception):
     is lost."""
 
 
+class _Account:
+    """What is known of one account: its open calls, and those of their ids that were asked for."""
+
+    __slots__ = ("calls", "counted", "names", "written_by")
+
+    def __init__(self, written_by: int) -> None:
+        self.written_by = written_by
+        self.calls: dict[int, Call] = {}
+        self.names: dict[str, int] = {}
+        self.counted = 0
+
+
 class Recollection:
-    """Calls as they were last read or written, each with the transaction that wrote it."""
+    """What is known of each account since it was last written, by which transaction."""
 
     def __init__(self) -> None:
-        self._calls: dict[int, tuple[int, Call]] = {}
+        self._accounts: dict[int, _Account] = {}
+        self.calls = 0
+        """How many calls are kept."""
 
-    def get(self, id: int, written_by: int) -> Call | None:
-        """The call, if its row is still the one that was kept."""
-        kept = self._calls.get(id)
-        return kept[1] if kept is not None and kept[0] == written_by else None
+    def of(self, account: int, written_by: int) -> _Account:
+        """What is known, if that transaction was the last one to write the account; else nothing."""
+        known = self._accounts.get(account)
+        if known is not None and known.written_by == written_by:
+            return known
+        return _Account(written_by)
 
-    def keep(self, calls: Iterable[Call], written_by: int) -> None:
-        """Keep the open ones, which will be heard of again. Only after their transaction has committed."""
-        for call in calls:
-            self._calls.pop(call.id, None)
-            if call.open:
-                self._calls[call.id] = (written_by, call)
-        while len(self._calls) > CALLS_KEPT_MAX:
-            del self._calls[next(iter(self._calls))]
+    def keep(self, account: int, known: _Account) -> None:
+        """Keep what is known now, and let go of what was kept longest when that is too much."""
+        before = self._accounts.pop(account, None)
+        if before is not None:
+            self.calls -= before.counted
+        self._accounts[account] = known
+        known.counted = len(known.calls)
+        self.calls += known.counted
+        while self.calls > CALLS_KEPT_MAX and len(self._accounts) > 1:
+            self.calls -= self._accounts.pop(next(iter(self._accounts))).counted
 
 
 class Written:
-    """What `write` did: the answer for the caller, and what may be kept once it is committed."""
+    """What `write` did: the answer, and what may be kept of it once it is committed."""
 
-    def __init__(self, recorded: Recorded, calls: Iterable[Call] = (), transaction: int = 0) -> None:
+    def __init__(self, recorded: Recorded, rows: "_Rows | None" = None, transaction: int = 0) -> None:
         self.recorded = recorded
-        self.calls = calls
-        self.transaction = transaction
+        self._rows = rows
+        self._transaction = transaction
+
+    def keep(self, kept: Recollection) -> None:
+        """Call it after the commit, and only then."""
+        if self._rows is None:
+            return
+        for call in self._rows.calls.values():
+            known = self._rows.known[call.account]
+            if call.open:
+                known.calls[call.id] = call
+            elif known.calls.pop(call.id, None) is not None:
+                # What has ended is seldom heard of again: its ids are looked up when it is.
+                for alias in call.aliases:
+                    if known.names.get(alias) == call.id:
+                        del known.names[alias]
+        for (alias, account), id in self._rows.names.items():
+            known = self._rows.known[account]
+            if id in known.calls:
+                known.names[alias] = id
+            else:
+                known.names.pop(alias, None)
+        for account, known in self._rows.known.items():
+            known.written_by = self._transaction
+            kept.keep(account, known)
 
 
-async def write(connection: Connection, entries: Sequence[Entry], kept: Recollection) -> Written:
+async def write(
+    connection: Connection, entries: Sequence[Entry], held: Mapping[int, int], kept: Recollection
+) -> Written:
     """Store what is new of the entries and all that follows from it, in the transaction under way.
 
-    The caller holds the locks of all their accounts. Raises RefusedValue when a value cannot be stored.
+    It holds the rows of all their accounts, and has written them: `held` says for each which transaction was
+    the last to do so before. Raises RefusedValue when a value cannot be stored.
     """
     streams = list({entry.heard.stream for entry in entries})
     wanted = sum(normalise.ids_needed(entry.decoded) for entry in entries)
     try:
-        known = await connection.fetch(_POSITIONS, streams, wanted)
-        first_id, transaction = known[0]["first"], known[0]["xid"] & _XID_MASK
-        positions = {row["id"]: row["position"] for row in known}
+        marks = await connection.fetch(_POSITIONS, streams, wanted)
+        positions = {row["id"]: row["position"] for row in marks}
         fresh = []
         for entry in entries:
             heard = entry.heard
             if heard.position > positions.get(heard.stream, 0):
                 positions[heard.stream] = heard.position
                 fresh.append(entry)
-        recorded_before = len(entries) - len(fresh)
-        if not fresh:
-            return Written(Recorded((), (), recorded_before))
-        rows = _Rows(await _load(connection, fresh, kept))
-        rows.fold(fresh, first_id=first_id)
-        await rows.store(connection)
+        duplicates = len(entries) - len(fresh)
+        rows = _Rows({account: kept.of(account, written_by) for account, written_by in held.items()})
+        if fresh:
+            await rows.load(connection, fresh)
+            rows.fold(fresh, first_id=marks[0]["first"])
+            await rows.store(connection)
     except (asyncpg.DataError, asyncpg.ProgramLimitExceededError, UnicodeError, OverflowError) as error:
         raise RefusedValue(str(error)) from error
-    return Written(
-        Recorded(tuple(fresh), tuple(rows.steps), recorded_before), rows.calls.values(), transaction
-    )
+    recorded = Recorded(tuple(fresh), tuple(rows.steps), duplicates)
+    return Written(recorded, rows, marks[0]["xid"] & _XID_MASK)
 
 
-async def write_around(connection: Connection, entries: Sequence[Entry]) -> Recorded:
+async def write_around(connection: Connection, entries: Sequence[Entry], held: Mapping[int, int]) -> Recorded:
     """As `write`, for a batch with a value in it that cannot be stored: halves it until the message stands
     alone, and stores that one raw. The bytes of a message can always be stored."""
     await connection.execute("SAVEPOINT part")
     try:
-        # Nothing is kept of it: below a savepoint, rows are written by transactions of other ids.
-        written = await write(connection, entries, Recollection())
+        written = await write(connection, entries, held, Recollection())
     except RefusedValue as refusal:
         await connection.execute("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part")
         reason = str(refusal)
@@ -136,10 +178,10 @@ async def write_around(connection: Connection, entries: Sequence[Entry]) -> Reco
         await connection.execute("RELEASE SAVEPOINT part")
         return written.recorded
     if len(entries) == 1:
-        return (await write(connection, [_raw_only(entries[0], reason)], Recollection())).recorded
+        return (await write(connection, [_raw_only(entries[0], reason)], held, Recollection())).recorded
     half = len(entries) // 2
-    first = await write_around(connection, entries[:half])
-    second = await write_around(connection, entries[half:])
+    first = await write_around(connection, entries[:half], held)
+    second = await write_around(connection, entries[half:], held)
     return Recorded(
         first.entries + second.entries, first.steps + second.steps, first.duplicates + second.duplicates
     )
@@ -157,57 +199,69 @@ def _storable(text: str) -> str:
 
 async def open_calls(connection: Connection, accounts: Iterable[int]) -> list[Call]:
     """The calls of the accounts that had not ended when they were last heard of."""
-    rows = await connection.fetch(_OPEN_CALLS, list(accounts))
-    return [_call(row)[1] for row in rows]
-
-
-async def _load(connection: Connection, entries: Sequence[Entry], kept: Recollection) -> list[Call]:
-    """Every call that the entries may touch."""
-    named: dict[tuple[str, int], None] = {}
-    whole: set[int] = set()
-    for entry in entries:
-        account = entry.heard.account
-        if type(entry.decoded) is Snapshot:
-            whole.add(account)
-        for id in normalise.ids(entry.decoded):
-            named[id, account] = None
-    aliases, accounts = zip(*named, strict=True) if named else ((), ())
-    calls: list[Call] = []
-    unknown: list[int] = []
-    for id, written_by in await connection.fetch(_NAMED, aliases, accounts, list(whole)):
-        call = kept.get(id, written_by)
-        if call is None:
-            unknown.append(id)
-        else:
-            calls.append(call)
-    if unknown:
-        for row in await connection.fetch(_CALLS, unknown):
-            written_by, call = _call(row)
-            kept.keep((call,), written_by)
-            calls.append(call)
-    return calls
+    return [_call(row) for row in await connection.fetch(_OPEN_CALLS, list(accounts))]
 
 
 class _Rows:
-    """The rows of one batch: `fold` makes them, `store` writes them."""
+    """One batch: `load` reads what it may touch, `fold` makes its rows, `store` writes them."""
 
-    def __init__(self, calls: list[Call]) -> None:
-        self._board = normalise.Board(calls)
-        self._known = {call.id: call for call in calls}
+    def __init__(self, known: dict[int, _Account]) -> None:
+        self.known = known
         self.steps: list[Step] = []
         self.calls: dict[int, Call] = {}
+        """Every call that was touched, as it is after the batch."""
+        self.names: dict[tuple[str, int], int | None] = {}
+        """The ids that were looked up or given, with their accounts, and the calls that they name as far as
+        that is known without asking."""
+        self._before: dict[int, Call] = {}
         self._streams: dict[str, _Row] = {}
         self._parties: dict[tuple[int, int], Party] = {}
         self._notifications: list[_Row] = []
         self._changes: list[_Row] = []
         self._anomalies: list[_Row] = []
 
+    async def load(self, connection: Connection, entries: Sequence[Entry]) -> None:
+        """Every call that the entries may touch: what is known of them, and the rest from the database."""
+        unknown: dict[tuple[str, int], None] = {}
+        whole: set[int] = set()
+        before = self._before
+        for entry in entries:
+            account, decoded = entry.heard.account, entry.decoded
+            known = self.known[account]
+            if isinstance(decoded, Snapshot):
+                whole.add(account)
+            for alias in normalise.ids(decoded):
+                id = known.names.get(alias)
+                if id is None:
+                    unknown[alias, account] = None
+                else:
+                    before[id] = known.calls[id]
+        if not unknown and not whole:
+            return
+        aliases, accounts = zip(*unknown, strict=True) if unknown else ((), ())
+        missing: list[int] = []
+        for alias, account, id in await connection.fetch(_NAMED, aliases, accounts, list(whole)):
+            if alias is not None:
+                self.names[alias, account] = id
+            call = self.known[account].calls.get(id)
+            if call is not None:
+                before[id] = call
+            else:
+                missing.append(id)
+        if missing:
+            for row in await connection.fetch(_CALLS, missing):
+                call = _call(row)
+                before[call.id] = call
+                if call.open:
+                    self.known[call.account].calls[call.id] = call
+
     def fold(self, entries: Sequence[Entry], *, first_id: int) -> None:
         """Hear the entries in order; `first_id` is the first of the ids reserved for them."""
+        board = normalise.Board(self._before.values())
         number = first_id
         for entry in entries:
             heard, decoded = entry.heard, entry.decoded
-            steps = self._board.hear(number, heard, decoded)
+            steps = board.hear(number, heard, decoded)
             call_id = server_at = reason = None
             notification_type = ""
             if isinstance(decoded, Notification):
@@ -230,7 +284,7 @@ class _Rows:
             known = self._streams.get(heard.stream)
             opened_at = at if known is None else known[_OPENED_AT]
             self._streams[heard.stream] = (
-                heard.stream, heard.account, heard.source, opened_at, at, heard.position
+                heard.stream, heard.account, heard.source, opened_at, heard.position
             )  # fmt: skip
             self._follow(number, at, decoded, steps)
             number += normalise.ids_needed(decoded)
@@ -265,7 +319,7 @@ class _Rows:
         corrected: list[_Row] = []
         names: dict[tuple[str, int], int] = {}
         for id, call in sorted(self.calls.items()):
-            was = self._known.get(id)
+            was = self._before.get(id)
             if was is None:
                 begun.append(_begun(call))
             else:
@@ -273,8 +327,11 @@ class _Rows:
                 if was.aliases is not call.aliases or _steady(was) != _steady(call):
                     corrected.append((id, *_steady(call), _array(call.aliases)))
             if was is None or was.aliases is not call.aliases:
-                # In the order of the calls' ids: an id that was used again names the newer one.
-                names.update(((alias, call.account), id) for alias in call.aliases)
+                # In the order of the calls' ids: an id that was used again names the newer one. An older call
+                # that learns of an id may not get it, since a newer one may have it.
+                for alias in call.aliases:
+                    names[alias, call.account] = id
+                    self.names[alias, call.account] = id if was is None else None
         await _copy(connection, schema.notification, self._notifications)
         await _copy(connection, schema.change, self._changes)
         await _copy(connection, schema.anomaly, self._anomalies)
@@ -290,8 +347,8 @@ class _Rows:
         joined: list[_Row] = []
         left: list[_Row] = []
         for (call_id, ordinal), party in self._parties.items():
-            known = self._known.get(call_id)
-            if known is None or ordinal >= len(known.parties):
+            before = self._before.get(call_id)
+            if before is None or ordinal >= len(before.parties):
                 joined.append(
                     (call_id, ordinal, party.number, party.e164, party.formatted, party.role,
                      microseconds(party.joined_at), _microseconds(party.left_at))
@@ -396,9 +453,9 @@ _ALIASES, _PARTIES, _CAPABILITIES, _USER_DATA, _DIRECTION, _OPENED_BY, _OUTCOME 
 _MOMENTS = [_PLACES[name] for name in ("opened_at", *_MOVING_AT)]
 
 
-def _call(row: asyncpg.Record) -> tuple[int, Call]:
-    """Of a row of `_CALLS`: the transaction that wrote it, and the call."""
-    written_by, *values = row
+def _call(row: asyncpg.Record) -> Call:
+    """The call of a row that has `_CALL_COLUMNS`."""
+    values = list(row)
     values[_ALIASES] = tuple(values[_ALIASES])
     values[_PARTIES] = _parties_from_json(values[_PARTIES])
     values[_CAPABILITIES] = frozenset(values[_CAPABILITIES])
@@ -410,7 +467,7 @@ def _call(row: asyncpg.Record) -> tuple[int, Call]:
             values[place] = moment(values[place])
     if values[_OUTCOME] is not None:
         values[_OUTCOME] = Outcome(values[_OUTCOME])
-    return written_by, Call(*values)
+    return Call(*values)
 
 
 # ── statements ────────────────────────────────────────────────────────────────────────────────────────────
@@ -451,19 +508,19 @@ _POSITIONS = """
     SELECT mine.first, mine.xid, s.id::text, s.position
     FROM mine LEFT JOIN stream s ON s.id = ANY($1::uuid[])"""
 
+# An index look-up for each id, and all open calls of the accounts that a snapshot is of.
 _NAMED = """
-    SELECT c.id, c.xmin FROM call c WHERE c.id IN (
-        SELECT a.call_id FROM unnest($1::text[], $2::integer[]) AS n (alias, account_id)
-        JOIN call_alias a ON a.alias = n.alias AND a.account_id = n.account_id
-        UNION
-        SELECT o.id FROM call o
-        WHERE o.account_id = ANY($3::integer[]) AND o.ended_at IS NULL AND o.settled IS NULL)"""
+    SELECT a.alias, a.account_id, a.call_id FROM unnest($1::text[], $2::integer[]) AS n (alias, account_id)
+    JOIN call_alias a ON a.alias = n.alias AND a.account_id = n.account_id
+    UNION ALL
+    SELECT NULL, o.account_id, o.id FROM call o
+    WHERE o.account_id = ANY($3::integer[]) AND o.ended_at IS NULL AND o.settled IS NULL"""
 
 # The texts below are put together from names in this module and the schema alone.
-_CALLS = f"SELECT c.xmin, {_CALL_COLUMNS} FROM call c WHERE c.id = ANY($1)"  # noqa: S608
+_CALLS = f"SELECT {_CALL_COLUMNS} FROM call c WHERE c.id = ANY($1)"  # noqa: S608
 
 _OPEN_CALLS = f"""
-    SELECT c.xmin, {_CALL_COLUMNS} FROM call c
+    SELECT {_CALL_COLUMNS} FROM call c
     WHERE c.account_id = ANY($1) AND c.ended_at IS NULL AND c.settled IS NULL ORDER BY c.id"""  # noqa: S608
 
 _MOVE_CALLS = f"""
@@ -490,4 +547,4 @@ _LEAVE = f"""
 
 _MOVE_STREAMS = f"""
     INSERT INTO stream SELECT * FROM {_unnest(schema.stream, schema.stream.columns.keys())}
-    ON CONFLICT (id) DO UPDATE SET heard_at = excluded.heard_at, position = excluded.position"""  # noqa: S608
+    ON CONFLICT (id) DO UPDATE SET position = excluded.position"""  # noqa: S608

@@ -145,16 +145,15 @@ class Journal:
         """
         if not entries:
             return Recorded((), (), 0)
-        accounts = sorted({entry.heard.account for entry in entries})
         try:
             async with self._transaction() as connection:
-                await _lock(connection, accounts)
-                written = await batch.write(connection, entries, self._kept)
+                held = await _touch(connection, entries)
+                written = await batch.write(connection, entries, held, self._kept)
         except RefusedValue:
             async with self._transaction() as connection:
-                await _lock(connection, accounts)
-                return await batch.write_around(connection, entries)
-        self._kept.keep(written.calls, written.transaction)
+                held = await _touch(connection, entries)
+                return await batch.write_around(connection, entries, held)
+        written.keep(self._kept)
         return written.recorded
 
     async def open_calls(self, accounts: Iterable[int]) -> list[Call]:
@@ -198,7 +197,7 @@ class Journal:
             end = await Ledger.read(connection, ids)
             heard_at = {row[0]: row[1] for row in await connection.fetch(ledger.LAST_HEARD, ids)}
             for account in ids:
-                end.resume(account, microseconds(at), heard_at.get(account))
+                end.resume(account, microseconds(at), heard_at[account])
             await end.write(connection)
 
     # ── connections ───────────────────────────────────────────────────────────────────────────────────
@@ -243,6 +242,30 @@ async def _lock(connection: Connection, accounts: list[int]) -> None:
     if await connection.fetchval(_LOCK, accounts) != len(accounts):
         raise StoreError("An account is not in the database: register the accounts first.")
 
+
+async def _touch(connection: Connection, entries: Sequence[Entry]) -> dict[int, int]:
+    """As `_lock` for the accounts of the entries, and write each row: when it was last heard. Gives for each
+    account which transaction had written its row before."""
+    heard: dict[int, datetime] = {}
+    for entry in entries:
+        account, at = entry.heard.account, entry.heard.received_at
+        if account not in heard or heard[account] < at:
+            heard[account] = at
+    accounts = sorted(heard)
+    rows = await connection.fetch(_TOUCH, accounts, [microseconds(heard[account]) for account in accounts])
+    if len(rows) != len(accounts):
+        raise StoreError("An account is not in the database: register the accounts first.")
+    return {row[0]: row[1] for row in rows}
+
+
+_TOUCH = """
+    WITH held AS MATERIALIZED (
+        SELECT id, xmin AS written_by FROM account WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE
+    )
+    UPDATE account a SET heard_at = greatest(a.heard_at, n.heard_at)
+    FROM held, unnest($1::integer[], $2::timestamptz[]) AS n (id, heard_at)
+    WHERE a.id = held.id AND a.id = n.id
+    RETURNING a.id, held.written_by"""
 
 _LOCK = "SELECT count(*) FROM (SELECT FROM account WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE) AS held"
 

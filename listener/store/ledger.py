@@ -87,7 +87,7 @@ _ADD = """
     INSERT INTO coverage (account_id, since, until, cause, seen_at) SELECT * FROM
     unnest($1::integer[], $2::timestamptz[], $3::timestamptz[], $4::text[], $5::timestamptz[])"""
 
-LAST_HEARD = "SELECT account_id, max(heard_at) FROM stream WHERE account_id = ANY($1) GROUP BY account_id"
+LAST_HEARD = "SELECT id, heard_at FROM account WHERE id = ANY($1)"
 """When a message of each account was last committed."""
 
 HEARTBEAT = """

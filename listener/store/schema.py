@@ -74,6 +74,9 @@ account = Table(
     _words("environment"),
     Column("added_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     _moment("removed_at", nullable=True),
+    _moment("heard_at", nullable=True),
+    # Every batch writes the rows of its accounts.
+    postgresql_with={"fillfactor": 50},
     comment="A login whose calls are heard. Its row is the lock of everything that is written about it.",
 )
 
@@ -84,11 +87,8 @@ stream = Table(
     Column("account_id", Integer, ForeignKey("account.id"), nullable=False),
     _words("source"),
     _moment("opened_at"),
-    _moment("heard_at"),
     Column("position", BigInteger, nullable=False),
-    # Which streams an account has: when it was last heard, at the next start.
-    Index("ix_stream_account_id", "account_id"),
-    # `position` and `heard_at` move with every batch: room for the new version beside the old one.
+    # `position` moves with every batch: room for the new version beside the old one.
     postgresql_with={"fillfactor": 50},
     comment="One Bayeux session or snapshot. What has a position up to `position` is committed.",
 )

@@ -22,18 +22,17 @@ TABLES = (
         tenant text NOT NULL DEFAULT '',
         environment text NOT NULL,
         added_at timestamptz NOT NULL DEFAULT now(),
-        removed_at timestamptz
-    )""",
+        removed_at timestamptz,
+        heard_at timestamptz
+    ) WITH (fillfactor = 50)""",
     """
     CREATE TABLE stream (
         id uuid CONSTRAINT pk_stream PRIMARY KEY,
         account_id integer NOT NULL CONSTRAINT fk_stream_account_id_account REFERENCES account,
         source text NOT NULL,
         opened_at timestamptz NOT NULL,
-        heard_at timestamptz NOT NULL,
         position bigint NOT NULL
     ) WITH (fillfactor = 50)""",
-    "CREATE INDEX ix_stream_account_id ON stream (account_id)",
     "CREATE SEQUENCE notification_id_seq AS bigint",
     """
     CREATE TABLE notification (

@@ -521,17 +521,34 @@ async def test_a_rolled_back_batch_is_not_remembered(journal: Journal, sql: asyn
     assert [change.before for change in recorded.steps[0].changes if change.field == "state"] == ["Ringing"]
 
 
-async def test_kept_calls_are_bounded(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the bound the oldest is read from the database again: slower, and no other result."""
-    monkeypatch.setattr(batch, "CALLS_KEPT_MAX", 2)
+async def test_kept_calls_are_bounded(
+    journal: Journal, sql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the bound, those of the account that was heard longest ago are read again: slower, no other
+    result. What has ended is not kept at all."""
+    monkeypatch.setattr(batch, "CALLS_KEPT_MAX", 3)
+    ada, bob = Line(1), Line(2)
+    await journal.record([entry for n in range(3) for entry in ada.call("Ringing", id=f"call-{n}")])
+    await journal.record(bob.call("Ringing", id="a") + bob.call("Ringing", "Released", id="b"))
+    assert journal._kept.calls == 1
+
+    recorded = await journal.record(ada.call("Established", id="call-0") + bob.call("Released", id="a"))
+
+    assert [step.call.notifications for step in recorded.steps] == [2, 2]
+    assert journal._kept.calls == 1
+    assert await sql.fetchval("SELECT count(*) FROM call") == 5
+
+
+async def test_an_id_of_a_newer_call_stays_with_it(journal: Journal, sql: asyncpg.Connection) -> None:
+    """An older call that is heard to carry it as well does not take it, in memory or in the database."""
     line = Line()
-    for number in range(5):
-        await journal.record(line.call("Ringing", id=f"call-{number}"))
-    assert len(journal._kept._calls) == 2
+    await journal.record(line.call("Ringing", id="old", connId="c1", callUuid="u1"))
+    await journal.record(line.call("Ringing", id="new", connId="c2", callUuid="u2"))
+    await journal.record(line.call("Established", id="old", connId="c2", callUuid="u1"))
 
-    recorded = await journal.record(line.call("Established", id="call-0"))
+    recorded = await journal.record(line.call("Established", id="c2", connId=messages.ABSENT, callUuid="u9"))
 
-    assert recorded.steps[0].call.notifications == 2
+    assert recorded.steps[0].call.call_id == "new"
 
 
 # ── accounts, restarts, partitions ────────────────────────────────────────────────────────────────────
