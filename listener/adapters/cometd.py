@@ -11,6 +11,11 @@ exact bytes and repeated keys, and its `incoming` has no way back to say "commit
 connect is built and not when it has been built, is written by the session. A `Line` travels to the
 transports as an extension, since that is what `Client` hands on to whatever transport it creates.
 
+The store may be slow, and the server must not notice. So what was heard goes into an outbox that a courier
+empties, and never counts against the time of a request. With acknowledgements the session goes on meanwhile:
+it keeps itself alive, and takes nothing new before what it took is durable. Without them whatever a poll
+brings is taken from the server for good: then the next one waits until the outbox is empty.
+
 One `Line` is one account's connection over any number of Bayeux sessions. It owns a cookie jar of its own
 (CometD binds a session to the cookie BAYEUX_BROWSER; sharing a jar makes two sessions one "browser", of
 which the server lets only one poll), one that also takes cookies from hosts that are IP addresses, which
@@ -25,10 +30,11 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import aiohttp
 import msgspec
+import structlog
 from aiocometd.client import Client
 from aiocometd.constants import ConnectionType, TransportState
 from aiocometd.extensions import AuthExtension, Extension
@@ -38,6 +44,7 @@ from aiocometd.transports.registry import register_transport
 from listener.core.calls import Heard
 from listener.core.session import (
     DEFAULT_LIMITS,
+    LONG_POLLING,
     Delivered,
     Fact,
     Failure,
@@ -55,6 +62,17 @@ from listener.errors import LoginRefused, RemoteError
 DELIVERY_BYTES_MAX = 64 * 1024 * 1024
 """The largest answer that is taken. A larger one cannot be acknowledged, so the server would send it again
 for ever: the session is given up instead, which is a recorded gap."""
+
+OUTBOX_BYTES_MAX = DELIVERY_BYTES_MAX
+"""Heard and not yet taken by who hears. With acknowledgements that is one delivery, unless one session after
+another is lost while the store is away: at this bound the line waits, and the server's own bound decides."""
+
+UPGRADES_REFUSED_MAX = 3
+"""After so many refusals in a row to upgrade to a websocket, long-polling is used: some proxies pass POST and
+nothing else."""
+
+WEBSOCKET_CLOSE_S = 1.0
+"""How long a websocket's closing handshake may take; nothing depends on it."""
 
 READ_BUFFER_BYTES = 256 * 1024
 """How much of an answer may wait in the socket's reader; a burst is read in few steps."""
@@ -92,7 +110,7 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     url: str
     connection_types: tuple[str, ...] = ("long-polling",)
-    """In order of preference; long-polling is always understood."""
+    """In order of preference; long-polling is used where the server offers none of them."""
     tls: ssl.SSLContext | None = None
     channels: tuple[str, ...] = ("/v2/me/calls", "/v2/me/devices")
     login_first: bool = False
@@ -133,32 +151,74 @@ class Line(Extension):
         self._odd_position = 0
         self._http: aiohttp.ClientSession | None = None
         self._transport: _Shell | None = None
+        self._outbox: list[tuple[list[Heard], Callable[[], None], int]] = []
+        self._outbox_bytes = 0
+        self._posted: asyncio.Future[None] | None = None
+        self._emptied: asyncio.Future[None] | None = None
         if endpoint.login_first:
             self.session.login_first()
 
     async def run(self) -> None:
-        """Connects, subscribes and hears until cancelled; never raises for what a server does."""
-        try:
-            await self._open()
-            if self._transport is not None:
-                await self._transport.ended()
-        finally:
-            # `Client.close` does nothing after a failed `open`, and would leave the transport running.
-            if self._transport is not None:
-                try:
-                    if self.goodbye:
-                        await self._transport.disconnect()
-                finally:
-                    await self._transport.close()
+        """Connects, subscribes and hears until cancelled; never raises for what a server does.
 
-    async def _open(self) -> None:
+        When cancelled it hands over what was heard and says goodbye, both within the bound of a request.
+        A bug, of ours or of who hears, ends it with an `ExceptionGroup` and as a gap; it may be run again.
+        """
+        self._outbox.clear()
+        self._outbox_bytes = 0
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                courier = tasks.create_task(self._carry())
+                try:
+                    await self._listen()
+                except asyncio.CancelledError:
+                    if not courier.done():  # else it is what broke
+                        await self._leave()
+                    raise
+                finally:
+                    courier.cancel()
+                    if self._transport is not None:
+                        await self._transport.close()
+        except Exception as error:
+            await self.tell(self.session.abandon("session lost", f"the line broke: {error!r}", self.clock()))
+            raise
+
+    async def _listen(self) -> None:
+        """Hears for ever, by the transport that works."""
+        types = [ConnectionType(name) for name in self.endpoint.connection_types]
+        if ConnectionType.LONG_POLLING not in types:
+            types.append(ConnectionType.LONG_POLLING)
+        while True:
+            try:
+                await self._open(types)
+                if self._transport is not None:
+                    await self._transport.ended()
+            except _UpgradeRefused as refusal:
+                log = structlog.get_logger().bind(account=self.account)
+                log.warning("websockets are refused; long-polling instead", reason=str(refusal))
+                if self._transport is not None:
+                    await self._transport.close()
+                types = [ConnectionType.LONG_POLLING]
+
+    async def _open(self, types: list[ConnectionType]) -> None:
         """Negotiates and subscribes. The `Client` has done its work then and is let go: its queue, which we
         do not use, would be a tenth of what an idle session costs."""
-        types = [ConnectionType(name) for name in self.endpoint.connection_types]
         client = Client(self.endpoint.url, types, extensions=[self], auth=_Headers(self.credentials))
         await client.open()
         # At once, so that one request carries all of them.
         await asyncio.gather(*(client.subscribe(channel) for channel in self.endpoint.channels))
+
+    async def _leave(self) -> None:
+        """Stops hearing, hands over what was heard, and says goodbye if that is wanted."""
+        # `Client.close` does nothing after a failed `open`, and would leave the transport running.
+        if self._transport is None:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.session.limits.request_s):
+                await self._transport.halt()
+                await self._outbox_empty()
+                if self.goodbye:
+                    await self._transport.disconnect()
 
     async def outgoing(self, payload: list[dict[str, Any]], headers: dict[str, str]) -> None:
         """Part of aiocometd's `Extension`; the session has written everything already."""
@@ -219,11 +279,47 @@ class Line(Extension):
                 self.wake.set()
 
         if heard or odd:
-            await self.hearing.hear([*heard, *odd], committed)
+            await self._post([*heard, *odd], committed)
+
+    async def _post(self, heard: list[Heard], committed: Callable[[], None]) -> None:
+        """Puts messages into the outbox; returns when more may be asked of the server."""
+        size_bytes = sum(len(one.raw) for one in heard)
+        self._outbox.append((heard, committed, size_bytes))
+        self._outbox_bytes += size_bytes
+        if self._posted is not None and not self._posted.done():
+            self._posted.set_result(None)
+        if not self.session.ack or self._outbox_bytes > OUTBOX_BYTES_MAX:
+            await self._outbox_empty()
+
+    async def _carry(self) -> None:
+        """The courier: takes what is in the outbox to who hears, in order, for ever."""
+        # Bare futures: thousands of couriers rest most of the time, and an Event costs ten times as much.
+        loop = asyncio.get_running_loop()
+        while True:
+            while self._outbox:
+                heard, committed, size_bytes = self._outbox[0]
+                await self.hearing.hear(heard, committed)
+                self._outbox.pop(0)
+                self._outbox_bytes -= size_bytes
+            if self._emptied is not None and not self._emptied.done():
+                self._emptied.set_result(None)
+            self._posted = loop.create_future()
+            await self._posted
+
+    async def _outbox_empty(self) -> None:
+        """Returns when everything that was heard has been handed over."""
+        while self._outbox:
+            if self._emptied is None or self._emptied.done():
+                self._emptied = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._emptied)
 
 
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 """Each request has the limit that the session gives it."""
+
+_Socket = aiohttp.ClientWebSocketResponse[Literal[False]]
+
+_WEBSOCKET_TIMEOUT = aiohttp.ClientWSTimeout(ws_close=WEBSOCKET_CLOSE_S)
 
 _CONTENT_TYPE = {"Content-Type": "application/json;charset=UTF-8"}
 
@@ -247,6 +343,10 @@ class _Headers(AuthExtension):
     async def authenticate(self) -> None:
         """Logs in anew."""
         await self._credentials.login()
+
+
+class _UpgradeRefused(Exception):
+    """The server, or something before it, refuses websockets; says how."""
 
 
 class _NoAnswer(Exception):
@@ -339,7 +439,8 @@ class _Shell(Transport):
             "channel": "/meta/handshake",
             "successful": True,
             "clientId": session.client_id,
-            "supportedConnectionTypes": list(session.server_connection_types),
+            # Every server understands long-polling, and `Client` raises where it finds nothing in common.
+            "supportedConnectionTypes": [*session.server_connection_types, LONG_POLLING],
         }
 
     async def connect(self) -> dict[str, Any]:
@@ -369,12 +470,15 @@ class _Shell(Transport):
 
     async def ended(self) -> None:
         """Waits for the loop, which ends only by being cancelled; raises what broke it, a bug of ours."""
-        if self._loop_task is not None:
-            await self._loop_task
+        task = self._loop_task
+        if task is not None:
+            await asyncio.wait({task})
+            self._loop_task = None
+            task.result()
 
     async def disconnect(self) -> None:
         """Stops hearing and says goodbye, within the bound of a request."""
-        await self._stop_loop()
+        await self.halt()
         self.line.session.goodbye()
         with suppress(TimeoutError):
             async with asyncio.timeout(self.line.session.limits.request_s):
@@ -382,15 +486,18 @@ class _Shell(Transport):
 
     async def close(self) -> None:
         """Stops at once and releases every socket."""
-        await self._stop_loop()
+        await self.halt()
         await self._drop()
 
-    async def _stop_loop(self) -> None:
+    async def halt(self) -> None:
+        """Stops hearing; raises what had broken the loop before."""
         task, self._loop_task = self._loop_task, None
         if task is not None:
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            # Not awaited by itself: a cancellation of ours would be taken for the task's.
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.result()
 
     # How the session is obeyed
 
@@ -413,12 +520,22 @@ class _Shell(Transport):
     async def _attempt(self, send: Send) -> None:
         """Sends, and reports the answer or its absence."""
         line = self.line
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + send.timeout_s
         try:
-            async with asyncio.timeout(send.timeout_s):
+            async with asyncio.timeout_at(deadline):
                 headers: dict[str, str] = {}
                 if self._auth is not None:
                     await self._auth.outgoing(send.messages, headers)
-                await self._exchange(send, headers)
+                body = await self._ask(send, headers)
+            while True:
+                asked = loop.time()
+                await self._take(body)
+                if line.session.answered:
+                    return
+                deadline += loop.time() - asked  # the time of the store is not the server's
+                async with asyncio.timeout_at(deadline):
+                    body = await self._more(send)
         except _NoAnswer as error:
             await self._failed(error.failure, str(error))
         except TimeoutError:
@@ -426,9 +543,6 @@ class _Shell(Transport):
             await self._failed(Failure.NETWORK, detail)
         except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
             await self._failed(Failure.NETWORK, f"{type(error).__name__}: {error}")
-        else:
-            if not line.session.answered:
-                await self._failed(Failure.MALFORMED, f"an answer without a reply to {send.channel}")
 
     async def _failed(self, failure: Failure, detail: str) -> None:
         await self._drop()
@@ -453,9 +567,13 @@ class _Shell(Transport):
             raise _NoAnswer(Failure.MALFORMED, str(error)) from None
         await self.line.tell(self.line.session.received(items, self.line.clock()))
 
-    async def _exchange(self, send: Send, headers: dict[str, str]) -> None:
-        """Sends the messages and takes what comes, until the session has its replies; raises `_NoAnswer`,
-        `aiohttp.ClientError` or `OSError`."""
+    async def _ask(self, send: Send, headers: dict[str, str]) -> bytes:
+        """Sends the messages and gives what comes first; raises `_NoAnswer`, `aiohttp.ClientError` or
+        `OSError`."""
+        raise NotImplementedError
+
+    async def _more(self, send: Send) -> bytes:
+        """Gives what comes next, because a reply is still lacking; raises as `_ask`."""
         raise NotImplementedError
 
     async def _rest(self, seconds: float) -> None:
@@ -473,7 +591,7 @@ class _Shell(Transport):
 class LongPolling(_Shell):
     """One POST an exchange; a connect is held by the server until there is something to say."""
 
-    async def _exchange(self, send: Send, headers: dict[str, str]) -> None:
+    async def _ask(self, send: Send, headers: dict[str, str]) -> bytes:
         limit = self.line.endpoint.delivery_bytes_max
         body = msgspec.json.encode(send.messages)
         # A redirect would turn the POST into a GET, or take the credentials elsewhere.
@@ -491,7 +609,10 @@ class LongPolling(_Shell):
                 size += len(chunk)
                 if size > limit:
                     raise _NoAnswer(Failure.OVERSIZED, f"more than {limit} bytes")
-        await self._take(b"".join(chunks))
+        return b"".join(chunks)
+
+    async def _more(self, send: Send) -> bytes:
+        raise _NoAnswer(Failure.MALFORMED, f"an answer without a reply to {send.channel}")
 
 
 def _refusal(response: aiohttp.ClientResponse, url: str) -> _NoAnswer:
@@ -512,71 +633,87 @@ class WebSocket(_Shell):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._socket: aiohttp.ClientWebSocketResponse | None = None
-        self._frame: asyncio.Task[aiohttp.WSMessage] | None = None
+        self._socket: _Socket | None = None
+        self._frame: asyncio.Task[Any] | None = None
+        self._refusals = 0
 
-    async def _exchange(self, send: Send, headers: dict[str, str]) -> None:
+    async def _attempt(self, send: Send) -> None:
+        await super()._attempt(send)
+        if self._refusals >= UPGRADES_REFUSED_MAX:
+            raise _UpgradeRefused(f"{self._url} refused {self._refusals} upgrades in a row")
+
+    async def _ask(self, send: Send, headers: dict[str, str]) -> bytes:
         socket = await self._open(headers)
         await socket.send_str(msgspec.json.encode(send.messages).decode())
-        while not self.line.session.answered:
-            await self._take(await self._next_frame(socket))
+        return await self._next_frame()
 
-    async def _open(self, headers: dict[str, str]) -> aiohttp.ClientWebSocketResponse:
+    async def _more(self, send: Send) -> bytes:  # noqa: ARG002 - as the other transport's
+        return await self._next_frame()
+
+    async def _open(self, headers: dict[str, str]) -> _Socket:
         if self._socket is None:
             try:
                 self._socket = await self.line.http().ws_connect(
                     "ws" + self._url.removeprefix("http"),
                     headers=headers,
                     max_msg_size=self.line.endpoint.delivery_bytes_max,
+                    timeout=_WEBSOCKET_TIMEOUT,
+                    decode_text=False,  # the exact bytes, also where they are no text
                 )
             except aiohttp.WSServerHandshakeError as error:
+                # 5xx says that the server is away, and nothing about websockets; but 501 does.
+                self._refusals += error.status < 500 or error.status == 501
                 failure = Failure.UNAUTHORISED if error.status in (401, 403) else Failure.HTTP
                 raise _NoAnswer(failure, f"HTTP {error.status} to the websocket's upgrade") from None
+            self._refusals = 0
         return self._socket
 
-    def _awaited(self, socket: aiohttp.ClientWebSocketResponse) -> asyncio.Task[aiohttp.WSMessage]:
-        """The one task that waits for the next frame; it outlives a rest that ends without one."""
-        if self._frame is None:
-            self._frame = asyncio.get_running_loop().create_task(socket.receive())
-        return self._frame
-
-    async def _next_frame(self, socket: aiohttp.ClientWebSocketResponse) -> bytes:
-        # Shielded: a cancelled exchange must not take the next frame, which may be the farewell's, with it.
-        message = await asyncio.shield(self._awaited(socket))
-        self._frame = None
-        if message.type is aiohttp.WSMsgType.TEXT:
-            return str(message.data).encode()
-        if message.type is aiohttp.WSMsgType.BINARY:
-            return bytes(message.data)
-        if socket.close_code == aiohttp.WSCloseCode.MESSAGE_TOO_BIG:
-            limit = self.line.endpoint.delivery_bytes_max
-            raise _NoAnswer(Failure.OVERSIZED, f"a frame of more than {limit} bytes")
-        raise _NoAnswer(Failure.NETWORK, f"the websocket closed ({socket.close_code})")
-
-    async def _rest(self, seconds: float) -> None:
+    async def _next_frame(self) -> bytes:
         socket = self._socket
         if socket is None:
+            raise _NoAnswer(Failure.NETWORK, "there is no websocket")
+        if self._frame is None:
+            message = await socket.receive()
+        else:
+            # Shielded: a cancelled exchange must not take the frame, which may be the farewell's, with it.
+            message = await asyncio.shield(self._frame)
+            self._frame = None
+        if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+            return bytes(message.data)
+        code = socket.close_code
+        if code == aiohttp.WSCloseCode.MESSAGE_TOO_BIG:
+            limit = self.line.endpoint.delivery_bytes_max
+            raise _NoAnswer(Failure.OVERSIZED, f"a frame of more than {limit} bytes")
+        raise _NoAnswer(Failure.NETWORK, f"the websocket closed ({code})")
+
+    async def _rest(self, seconds: float) -> None:
+        if self._socket is None:
             await super()._rest(seconds)
             return
-        frame = self._awaited(socket)
-        woken = asyncio.get_running_loop().create_task(self.line.wake.wait())
+        loop = asyncio.get_running_loop()
+        if self._frame is None:
+            self._frame = loop.create_task(self._socket.receive())  # outlives a rest that ends without one
+        frame = self._frame
+        woken = loop.create_task(self.line.wake.wait())
         try:
             await asyncio.wait({frame, woken}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             woken.cancel()
         if frame.done():
             try:
-                await self._take(await self._next_frame(socket))
+                await self._take(await self._next_frame())
             except _NoAnswer as error:
                 await self._failed(error.failure, str(error))
 
     async def _drop(self) -> None:
         frame, self._frame = self._frame, None
+        socket, self._socket = self._socket, None
         if frame is not None:
             frame.cancel()
-            with suppress(asyncio.CancelledError, aiohttp.ClientError, OSError):
-                await frame
-        socket, self._socket = self._socket, None
+            await asyncio.wait({frame})
+            if not frame.cancelled():
+                frame.exception()  # seen: whatever it was, the connection is dropped
+        # First: on a connection that is dead a closing handshake would be waited for in vain.
+        await super()._drop()
         if socket is not None:
             await socket.close()
-        await super()._drop()

@@ -21,6 +21,7 @@ needs no network (numbers refer to the Bayeux specification 1.0 and the CometD r
   a fact, is tried again slowly, and counts as a gap until every channel is subscribed again.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from enum import StrEnum
@@ -84,9 +85,9 @@ KEEP_ALIVE_SHARE = 0.4
 ADVICE_MS_MAX = 10**15
 """Times beyond this are this: a JSON number can be too large for a float."""
 
-DEEP_BYTES_MAX = 4 * 1024 * 1024
-"""The largest answer that is taken apart by hand because it nests too deep for the decoder; that takes about
-a second. A larger one is malformed."""
+BY_HAND_BYTES_MAX = 4 * 1024 * 1024
+"""The largest answer that is taken apart by hand because the decoder refuses it; that takes about a second.
+A larger one is malformed."""
 
 
 class Failure(StrEnum):
@@ -228,28 +229,26 @@ def split(body: bytes) -> list[bytes]:
     """
     try:
         return [bytes(raw) for raw in _ITEMS.decode(body)]
-    except RecursionError:
-        return _split_deep(body)
-    except (msgspec.MsgspecError, UnicodeError) as error:
-        if body.lstrip()[:1] == b"{":
-            try:
-                _OBJECT.decode(body)
-            except (msgspec.MsgspecError, UnicodeError, RecursionError):
-                pass
-            else:
-                return [body]
-        raise ValueError(f"no JSON array of messages: {error}") from None
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        if body.lstrip()[:1] == b"[":
+            return _split_by_hand(body, error)
+        try:
+            _OBJECT.decode(body)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            raise ValueError(f"no JSON array of messages: {error}") from None
+        return [body]
 
 
 _ITEMS = msgspec.json.Decoder(list[Raw])
-_ITEM = msgspec.json.Decoder(Raw)
 _MARK = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},]', re.DOTALL)
 
 
-def _split_deep(body: bytes) -> list[bytes]:
-    """As `split`, for what nests deeper than the decoder goes: there brackets are counted and no more."""
-    if len(body) > DEEP_BYTES_MAX:
-        raise ValueError(f"no JSON array of messages: nested too deep, in more than {DEEP_BYTES_MAX} bytes")
+def _split_by_hand(body: bytes, error: Exception) -> list[bytes]:
+    """As `split`, for an array that the decoder refuses: it goes no deeper than the interpreter's stack, and
+    one half of a surrogate pair spoils all messages round it. Only brackets and commas are looked at here, so
+    that such a message is kept and the others are heard."""
+    if len(body) > BY_HAND_BYTES_MAX:
+        raise ValueError(f"no JSON array of messages: {error}, in more than {BY_HAND_BYTES_MAX} bytes")
     items: list[bytes] = []
     depth = start = end = 0
     for mark in _MARK.finditer(body):
@@ -265,15 +264,8 @@ def _split_deep(body: bytes) -> list[bytes]:
             start = end = mark.end()
         if depth == 0:
             break
-    if depth or body[end:].strip() or body.lstrip()[:1] != b"[":
-        raise ValueError("no JSON array of messages: its brackets do not match")
-    for item in items:
-        try:
-            _ITEM.decode(item)
-        except RecursionError:
-            continue
-        except (msgspec.MsgspecError, UnicodeError) as error:
-            raise ValueError(f"no JSON array of messages: {error}") from None
+    if depth or body[end:].strip() or b"" in items:
+        raise ValueError(f"no JSON array of messages: {error}")
     return items
 
 
@@ -290,10 +282,10 @@ class Session:
         "_acknowledged",
         "_acknowledged_position",
         "_asked",
+        "_asked_at",
         "_batches",
         "_channels",
         "_committed",
-        "_connected_at",
         "_connecting",
         "_cursor",
         "_failing_since",
@@ -360,7 +352,7 @@ class Session:
         self._login_due = False
         self._first_connect = True
         self._connecting = False
-        self._connected_at = now
+        self._asked_at = now
         self._may_be_held = False
         self._fruitful = False
         self._vain = 0
@@ -465,23 +457,23 @@ class Session:
             if self.client_id is None:
                 self._stopped = True
                 return Stop()
-            return self._send(DISCONNECT, [{"clientId": self.client_id}], self.limits.request_s)
+            return self._send(DISCONNECT, [{"clientId": self.client_id}], now, self.limits.request_s)
         if now < self._not_before:
             return Sleep(self._not_before)
         if self._login_due:
             return Login()
         if self.client_id is None:
-            return self._handshake()
+            return self._handshake(now)
         missing = [channel for channel in self._channels if channel not in self._subscribed]
         due = [channel for channel in missing if self._resubscribe_at.get(channel, now) <= now]
         if due and not self._first_connect:
             messages = [{"clientId": self.client_id, "subscription": channel} for channel in due]
-            send = self._send(SUBSCRIBE, messages, self.limits.request_s)
+            send = self._send(SUBSCRIBE, messages, now, self.limits.request_s)
             self._asked = {message["id"]: message["subscription"] for message in messages}
             return send
         return self._connect(now, [self._resubscribe_at.get(channel, now) for channel in missing])
 
-    def _handshake(self) -> Send:
+    def _handshake(self, now: float) -> Send:
         message = {
             "version": "1.0",
             "minimumVersion": "1.0",
@@ -489,7 +481,7 @@ class Session:
             "advice": {"timeout": round(self.limits.timeout_s * 1000), "interval": 0},
             "ext": {"ack": True},
         }
-        return self._send(HANDSHAKE, [message], self.limits.request_s)
+        return self._send(HANDSHAKE, [message], now, self.limits.request_s)
 
     def _connect(self, now: float, resubscribe_at: list[float]) -> Action:
         message: dict[str, Any] = {"clientId": self.client_id, "connectionType": self.connection_type}
@@ -504,7 +496,9 @@ class Session:
             if now < due:
                 return Sleep(due)
         hold_s = self.timeout_s
-        self._may_be_held = not (waiting or idle or self._first_connect)
+        # After a failure a connect that waits would leave open for long whether the session lives.
+        probing = self._gap is not None and self._all_subscribed()
+        self._may_be_held = not (waiting or idle or probing or self._first_connect)
         if not self._may_be_held:
             hold_s = 0.0
         elif resubscribe_at:
@@ -516,11 +510,11 @@ class Session:
             self._cursor = self._acknowledged_position
             self._polling_old = waiting
         self._connecting = True
-        self._connected_at = now
         self._fruitful = False
-        return self._send(CONNECT, [message], hold_s + self.limits.network_delay_s)
+        return self._send(CONNECT, [message], now, hold_s + self.limits.network_delay_s)
 
-    def _send(self, channel: str, messages: list[dict[str, Any]], timeout_s: float) -> Send:
+    def _send(self, channel: str, messages: list[dict[str, Any]], now: float, timeout_s: float) -> Send:
+        self._asked_at = now
         self._unanswered.clear()
         for message in messages:
             self._message_id += 1
@@ -550,13 +544,13 @@ class Session:
             else:
                 replies.append(item)
         if messages:
-            self._take(messages, now, facts)
+            self._take(messages, facts)
         # Data before these: the number in a connect's reply covers the data that came with it.
         for reply in replies:
             self._replied(reply, now, facts)
         return facts
 
-    def _take(self, messages: list[tuple[_Reply | None, bytes]], now: float, facts: list[Fact]) -> None:
+    def _take(self, messages: list[tuple[_Reply | None, bytes]], facts: list[Fact]) -> None:
         """Tells what is new among these, each with its position."""
         new: list[tuple[str, bytes]] = []
         odd: list[tuple[str, bytes]] = []
@@ -574,7 +568,6 @@ class Session:
                 odd.append((channel, raw))
         if new:
             self._fruitful = True
-            self._vouched = now
         if new or odd or redelivered:
             facts.append(Delivered(first, new, redelivered, tuple(odd)))
 
@@ -648,14 +641,15 @@ class Session:
         if reply.successful is False:
             self._rejected(reply, now, facts, otherwise="retry")
             return
-        self._vouched = now
+        self._vouched = self._asked_at
         if self.ack and not self._polling_old:
             number = reply.ext.get("ack") if isinstance(reply.ext, dict) else None
             if number is not None and self._cursor > self._acknowledged_position:
                 self._batches.append((number, self._cursor))
         self._polling_old = False
         self._first_connect = False
-        if self._failures == 0 or now - self._handshaken_at >= self.limits.lasting_s:
+        lasts = now - self._handshaken_at >= self.limits.lasting_s
+        if lasts and (self._may_be_held or self._fruitful):
             self._failures = 0
             self._failing_since = None
         self._not_before = now + max(self._interval_s, self._vain_s(now))
@@ -666,7 +660,7 @@ class Session:
 
     def _vain_s(self, now: float) -> float:
         """How long to wait because connects come back at once and with nothing."""
-        if self._fruitful or not self._may_be_held or now - self._connected_at >= self.limits.retry_s:
+        if self._fruitful or not self._may_be_held or now - self._asked_at >= self.limits.retry_s:
             self._vain = 0
             return 0.0
         self._vain += 1
@@ -682,7 +676,7 @@ class Session:
         listed = named if isinstance(named, list) else [named]
         channels = [each for each in listed if isinstance(each, str) and each in self._channels]
         if reply.successful and channels:
-            self._vouched = now
+            self._vouched = self._asked_at
             self._subscribed.update(channels)
             if self._all_subscribed():
                 self._refusals = 0
@@ -775,8 +769,9 @@ class Session:
     def _begin_gap(self, cause: str, detail: str, facts: list[Fact]) -> None:
         """From the last moment that we can vouch for on, unless a gap is open; then its cause may change.
 
-        A /meta/connect may have been waiting in silence, so that moment is the last good answer, not now.
-        "disconnected" says least, and replaces nothing but "not started".
+        That moment is when the last good answer was asked for: a server may lose the session while it holds
+        the connect, and still answer it well. "disconnected" says least, and replaces nothing but "not
+        started".
         """
         self.observing = False
         if self._gap is None:
@@ -813,8 +808,11 @@ def _tolerant(raw: bytes) -> _Reply | None:
     """Reads a message of which some field has an unexpected type; such a field is as if absent. None for what
     cannot be read at all."""
     try:
-        fields = _OBJECT.decode(raw)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        # This decoder takes halves of surrogate pairs, which cannot be written again: so once more without.
+        fields = json.loads(json.dumps(json.loads(raw), ensure_ascii=False).encode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict):
         return None
     text = {
         name: fields[name] for name in ("channel", "error", "clientId") if isinstance(fields.get(name), str)

@@ -1,0 +1,1 @@
+"""Tests of the adapters, against servers that we did not write where there are such."""

@@ -1,0 +1,1325 @@
+"""The line against CometD servers that we did not write, with a network that can be cut in every place.
+
+Three kinds of tests: what a line is for (everything, once, in order, over whatever happens), one test for
+each defect that was measured in the client whose transports ours replace (`test_defect_01_…` and so on, in
+the order of that list), and the rest of what a line promises. The servers' times are scaled to tenths of a
+second, and the line's limits with them, so that what takes half a minute in the field takes a moment here.
+
+Every test also fails if anything is reported to the event loop or logged as a warning: see `quiet`.
+"""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import itertools
+import re
+import ssl
+import subprocess
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import aiohttp
+import psutil
+import pytest
+from aiohttp import web
+
+from listener.adapters.cometd import Endpoint, Line, LongPolling, WebSocket
+from listener.adapters.genesys import GenesysClient
+from listener.core.calls import Heard
+from listener.core.session import (
+    CONNECT,
+    DISCONNECT,
+    HANDSHAKE,
+    SUBSCRIBE,
+    Delivered,
+    Fact,
+    Gap,
+    Handshaken,
+    Limits,
+    Refused,
+    Resumed,
+    Subscribed,
+    SubscriptionRefused,
+    Unbroken,
+)
+from listener.errors import LoginRefused, RemoteUnavailable
+from listener.simulator.centre import Simulator
+from listener.simulator.settings import SimulatorSettings
+from tests.peers.proxy import CHUNK_BYTES, HOST, Direction, TcpProxy
+from tests.support.peers import CALLS, CometdFactory, FayeFactory, Peer, ProxyFactory
+
+WEBSOCKET = ("websocket",)
+BOUND_s = 15.0
+"""Bound of anything that must come."""
+
+LIMITS = Limits(
+    request_s=3.0,
+    network_delay_s=0.5,
+    keep_alive_s=0.3,
+    retry_s=0.02,
+    retry_dense_s_max=0.2,
+    dense_s=2.0,
+    retry_s_max=0.5,
+    lasting_s=0.1,
+    refused_s=0.1,
+    refused_s_max=0.4,
+    resubscribe_s=0.05,
+    resubscribe_s_max=0.2,
+)
+"""A tenth of the field's times, or less."""
+
+SERVER: dict[str, float] = {"timeout": 400, "max_interval": 2000, "sweep": 100}
+"""The same of a CometD server, in milliseconds: it holds a connect for 0.4 s and forgets after 2 s."""
+FAYE: dict[str, float] = {"timeout": 400}
+
+SEQ = re.compile(rb'"seq":(\d+)')
+
+
+class Span(NamedTuple):
+    """A time in which an account was not observed; `end` is None while it lasts."""
+
+    since: float
+    cause: str
+    end: float | None
+
+
+class Store:
+    """Takes what a line hears as the pipeline and the journal do, and remembers when what was told.
+
+    What has a place counts once. With `commits` false nothing becomes durable until `commit`; without
+    `room`, `hear` does not return.
+    """
+
+    def __init__(self, *, commits: bool = True) -> None:
+        self.heard: list[Heard] = []
+        self.seqs: list[int] = []
+        """The numbers of the messages, in the order in which they were heard."""
+        self.doubled = 0
+        self.facts: list[Fact] = []
+        self.gaps: list[Span] = []
+        self.commits = commits
+        self.room = asyncio.Event()
+        self.room.set()
+        self.breaks: Exception | None = None
+        """Raised by the next `hear`."""
+        self._places: set[tuple[str, int]] = set()
+        self._uncommitted: list[Callable[[], None]] = []
+        self._changed = asyncio.Event()
+
+    async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
+        """Part of `Hearing`."""
+        breaks, self.breaks = self.breaks, None
+        if breaks is not None:
+            raise breaks
+        await self.room.wait()
+        for one in heard:
+            place = (one.stream, one.position)
+            self.doubled += place in self._places
+            self._places.add(place)
+        self.heard += heard
+        self.seqs += [int(found[1]) for one in heard if (found := SEQ.search(one.raw))]
+        self._uncommitted.append(committed)
+        if self.commits:
+            self.commit()
+        self._changed.set()
+
+    def told(self, fact: Fact, at: datetime) -> None:
+        """Part of `Hearing`."""
+        assert at.tzinfo is UTC
+        now = time.monotonic()
+        self.facts.append(fact)
+        if isinstance(fact, Gap):
+            if self.gaps and self.gaps[-1].end is None:
+                assert self.gaps[-1].since == fact.since, "a gap that goes on keeps its beginning"
+                self.gaps.pop()
+            self.gaps.append(Span(fact.since, fact.cause, None))
+        elif isinstance(fact, Subscribed | Resumed | Unbroken) and self.gaps and self.gaps[-1].end is None:
+            gap = self.gaps.pop()
+            if not isinstance(fact, Unbroken):
+                self.gaps.append(gap._replace(end=now))
+        self._changed.set()
+
+    def commit(self) -> None:
+        """Everything that was heard is durable."""
+        waiting, self._uncommitted = self._uncommitted, []
+        for committed in waiting:
+            committed()
+
+    def kinds(self) -> Counter[type[Fact]]:
+        """How many facts there were of each kind."""
+        return Counter(type(fact) for fact in self.facts)
+
+    async def until(self, condition: Callable[[], object], within_s: float = BOUND_s) -> None:
+        """Returns when the condition holds; it is looked at whenever something was heard or told."""
+        try:
+            async with asyncio.timeout(within_s):
+                while not condition():
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            last = [fact for fact in self.facts if not isinstance(fact, Delivered)][-8:]
+            pytest.fail(
+                f"not within {within_s} s; heard {len(self.heard)}, gaps {self.gaps}, last told {last}"
+            )
+
+    async def until_told(self, kind: type[Fact], times: int = 1) -> None:
+        """Returns when so many facts of that kind were told."""
+        await self.until(lambda: self.kinds()[kind] >= times)
+
+    async def until_heard(self, count: int, within_s: float = BOUND_s) -> None:
+        """Returns when so many messages were heard."""
+        await self.until(lambda: len(self.heard) >= count, within_s)
+
+
+class Login:
+    """Credentials for a peer: they cost nothing, are counted, and give `granted` as headers afterwards."""
+
+    def __init__(self, granted: Mapping[str, str] | None = None, *, refuses: int = 0) -> None:
+        self.jar = aiohttp.CookieJar(unsafe=True)
+        self.granted = dict(granted or {})
+        self.refuses = refuses
+        self.away = 0
+        self.logins = 0
+        self._headers: dict[str, str] = {}
+
+    async def login(self) -> None:
+        """Part of `Credentials`."""
+        self.logins += 1
+        if self.logins <= self.refuses:
+            raise LoginRefused("wrong password; give the right one")
+        if self.logins <= self.away:
+            raise RemoteUnavailable("nobody there; try later")
+        self._headers = self.granted
+
+    def headers(self) -> Mapping[str, str]:
+        """Part of `Credentials`."""
+        return self._headers
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    url: str,
+    store: Store,
+    login: Login | GenesysClient | None = None,
+    *,
+    limits: Limits = LIMITS,
+    goodbye: bool = True,
+    **endpoint: Any,
+) -> AsyncIterator[Line]:
+    """A line that runs while the block does; what breaks it breaks the test."""
+    what = {"channels": (CALLS,), **endpoint}
+    line = Line(7, Endpoint(url, **what), login or Login(), store, limits=limits, jitter=lambda: 1.0)
+    line.goodbye = goodbye
+    running = asyncio.get_running_loop().create_task(line.run())
+    try:
+        yield line
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+    if not running.cancelled():
+        running.result()
+
+
+@contextlib.asynccontextmanager
+async def subscribed(url: str, store: Store, *rest: Any, **more: Any) -> AsyncIterator[Line]:
+    """The same, entered when it is subscribed."""
+    async with listening(url, store, *rest, **more) as line:
+        await store.until_told(Subscribed)
+        yield line
+
+
+@pytest.fixture(autouse=True)
+async def quiet(caplog: pytest.LogCaptureFixture) -> AsyncIterator[None]:
+    """Nothing may be reported to the event loop, or logged as a warning, by whatever library."""
+    reported: list[Mapping[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    yield
+    await asyncio.sleep(0)
+    assert not reported
+    assert [record for record in caplog.records if record.levelname in {"WARNING", "ERROR"}] == []
+
+
+def sockets_to(peer: Peer) -> int:
+    """How many sockets of this process lead there."""
+    connections = psutil.Process().net_connections(kind="tcp")
+    return sum(1 for each in connections if getattr(each.raddr, "port", None) == peer.port)
+
+
+class Said(NamedTuple):
+    """What a peer published, and between which times of our clock."""
+
+    seqs: range
+    began: float
+    ended: float
+
+
+async def says(peer: Peer, count: int, **how: Any) -> Said:
+    """Publishes so many, and notes when."""
+    began = time.monotonic()
+    published = await peer.publish(count, **how)
+    return Said(published.seqs, began, time.monotonic())
+
+
+def assert_complete(store: Store, *said: Said) -> None:
+    """Everything was heard once and in order, or was said within a gap that was recorded."""
+    seqs = store.seqs
+    assert store.doubled == 0
+    assert seqs == sorted(set(seqs)), "out of order, or twice"
+    got = set(seqs)
+    for each in said:
+        missing = [seq for seq in each.seqs if seq not in got]
+        if missing:
+            covering = [gap for gap in store.gaps if gap.since <= each.began and each.ended <= (gap.end or 0)]
+            assert covering, f"{len(missing)} lost silently, from {missing[0]} on; gaps {store.gaps}"
+    assert got <= {seq for each in said for seq in each.seqs}
+
+
+# ── What a line is for ────────────────────────────────────────────────────────────────────────────────
+
+
+class Kind(NamedTuple):
+    """A server and the way to it."""
+
+    script: str
+    flags: dict[str, Any]
+    endpoint: dict[str, Any]
+
+
+KINDS = {
+    "cometd, long-polling, ack": Kind("cometd", SERVER, {}),
+    "cometd, long-polling": Kind("cometd", {**SERVER, "ack": False}, {}),
+    "faye, long-polling": Kind("faye", FAYE, {}),
+    "faye, websocket": Kind("faye", FAYE, {"connection_types": WEBSOCKET}),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Each server and each way."""
+    return KINDS[request.param]
+
+
+@pytest.fixture
+async def peer(kind: Kind, cometd_peer: CometdFactory, faye_peer: FayeFactory) -> Peer:
+    """The server of that kind."""
+    return await (cometd_peer if kind.script == "cometd" else faye_peer)(**kind.flags)
+
+
+async def test_ten_thousand_through_a_restart_and_a_402(kind: Kind, peer: Peer) -> None:
+    """10,000 messages arrive complete and in order; what was said to nobody lies within recorded gaps.
+
+    In the middle the server forgets the session and denies the channel for a while, then is killed.
+    """
+    store = Store()
+    async with subscribed(peer.url, store, **kind.endpoint):
+        first = await says(peer, 4_000)
+        await store.until_heard(4_000)
+
+        await peer.policy(refuse=[CALLS])
+        await peer.forget(how="wake")
+        await store.until_told(SubscriptionRefused)
+        unheard = await says(peer, 500)
+        await peer.policy()
+        await store.until_told(Subscribed, 2)
+        second = await says(peer, 3_000)
+        await store.until_heard(7_000)
+
+        await peer.kill()
+        await store.until(lambda: store.gaps[-1].end is None)
+        await peer.start()
+        into_the_dark = await says(peer, 500)
+        await store.until_told(Subscribed, 3)
+        third = await says(peer, 3_000)
+        await store.until(lambda: store.seqs[-1] == third.seqs[-1])
+
+    said = (first, unheard, second, into_the_dark, third)
+    assert_complete(store, *said)
+    assert not set(store.seqs) & set(unheard.seqs), "said to nobody, and yet heard"
+    assert set(store.seqs) >= {*first.seqs, *second.seqs, *third.seqs}
+    assert [gap.cause for gap in store.gaps] == ["subscription refused", "session lost"]
+    assert store.kinds()[Handshaken] == 3
+    assert len({one.stream for one in store.heard}) == 3
+
+
+@pytest.mark.parametrize("at", ["headers", "after_headers", "body"])
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_a_connection_killed_while_an_answer_is_in_flight(
+    cometd_peer: CometdFactory, at: str, how: str
+) -> None:
+    """With acknowledgements nothing is lost and nothing comes twice, wherever the answer was cut."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store):
+        for skip in (5, 40, 41, 90):
+            await peer.rule("cut", channel=CONNECT, at=at, how=how, skip=skip)
+        said = await says(peer, 600, rate_per_s=1_200)
+        await store.until_heard(600)
+        stats = await peer.stats()
+    assert_complete(store, said)
+    assert store.seqs == list(said.seqs)
+    assert stats["handshakes"] == 1
+    assert store.kinds()[Unbroken] >= 1
+    assert store.gaps == []
+
+
+async def test_without_acknowledgements_a_cut_is_a_recorded_gap(cometd_peer: CometdFactory) -> None:
+    """What the cut answer carried is lost, and the gap that says so covers the time when it was said."""
+    peer = await cometd_peer(**SERVER, ack=False)
+    store = Store()
+    async with subscribed(peer.url, store):
+        before = await says(peer, 10)
+        await store.until_heard(10)
+        await peer.rule("cut", channel=CONNECT, at="body")
+        lost = await says(peer, 10, whole=True)
+        await store.until_told(Resumed)
+        after = await says(peer, 10)
+        await store.until_heard(20)
+    assert_complete(store, before, lost, after)
+    assert store.seqs == [*before.seqs, *after.seqs]
+    assert [gap.cause for gap in store.gaps] == ["disconnected"]
+
+
+async def test_websocket_with_acknowledgements_through_cuts(tcp_proxy: Callable[..., Any]) -> None:
+    """A websocket that is cut again and again in the middle of bursts loses and doubles nothing."""
+    settings = SimulatorSettings(
+        accounts=1, rate=3_000, seed=5, timeout_ms=400, max_interval_ms=3_000, sweep_period_ms=100
+    )
+    async with Simulator(settings) as simulator, TcpProxy(simulator.gws.port) as proxy:
+        (account,) = simulator.accounts.values()
+        basic = aiohttp.encode_basic_auth(account.login, account.password)
+        origin = f"http://{HOST}:{proxy.port}"
+        login = GenesysClient(origin, {"Authorization": basic})
+        store = Store()
+        url = origin + "/api/v2/notifications"
+        async with subscribed(url, store, login, connection_types=WEBSOCKET, login_first=True):
+            proxy.cut_after(60_000, times=6)
+            await simulator.play(notifications=2_000)
+            truth = simulator.truth().accounts[account.login]
+            await store.until_heard(truth.accepted)
+        assert proxy.opened >= 7, "not cut six times"
+    assert truth.messages is not None
+    said = [message.raw for message in truth.messages if message.accepted]
+    assert [one.raw for one in store.heard] == said
+    assert store.doubled == 0
+    assert store.kinds()[Unbroken] >= 1
+    assert store.kinds()[Handshaken] == 1
+
+
+# ── Defects measured in aiocometd ─────────────────────────────────────────────────────────────────────
+
+
+async def test_defect_01_cookies_of_a_host_that_is_an_ip_address(cometd_peer: CometdFactory) -> None:
+    """CometD finds a long-polling session by its cookie: at 127.0.0.1 it must come back, or all is 402."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store):
+        said = await says(peer, 20)
+        await store.until_heard(20)
+        requests = await peer.requests()
+    assert_complete(store, said)
+    assert HOST in peer.url
+    assert not any(
+        "cookie" in each["headers"] for each in requests if each["message"]["channel"] == HANDSHAKE
+    )
+    assert all(
+        "BAYEUX_BROWSER=" in each["headers"].get("cookie", "")
+        for each in requests
+        if each["message"]["channel"] != HANDSHAKE
+    )
+    assert store.kinds()[Handshaken] == 1
+
+
+@pytest.mark.parametrize("endpoint", [{}, {"connection_types": WEBSOCKET}])
+async def test_defect_02_what_never_opened_leaves_nothing_running(
+    faye_peer: FayeFactory, endpoint: dict[str, Any]
+) -> None:
+    """A line that is refused asks rarely, and when it is stopped it is gone: no request, task or socket."""
+    peer = await faye_peer(**FAYE)
+    await peer.policy(handshake=False)
+    store = Store()
+    tasks = asyncio.all_tasks()
+    async with listening(peer.url, store, **endpoint):
+        await store.until_told(Refused, 8)
+        requests = await peer.requests(HANDSHAKE)
+    assert asyncio.all_tasks() == tasks
+    assert sockets_to(peer) == 0
+    waits = [after["at_ms"] - before["at_ms"] for before, after in itertools.pairwise(requests)]
+    assert waits[5] > 150, f"asked again after {waits} ms"
+    await peer.reset()
+    await peer.until("stats", lambda stats: stats["uptime_ms"] > 500)
+    assert (await peer.stats())["requests"] == 0
+
+
+async def test_defect_03_a_refused_resubscription_is_loud(cometd_peer: CometdFactory) -> None:
+    """After a new handshake a denied channel is told, is a gap, is asked for again, and then heard again."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store):
+        await peer.policy(refuse=[CALLS])
+        await peer.forget(how="wake")
+        await store.until_told(SubscriptionRefused, 3)
+        assert store.gaps[-1].cause == "subscription refused"
+        assert store.gaps[-1].end is None
+        lost = await says(peer, 5)
+        await peer.policy()
+        await store.until_told(Subscribed, 2)
+        said = await says(peer, 5)
+        await store.until_heard(5)
+    refused = next(fact for fact in store.facts if isinstance(fact, SubscriptionRefused))
+    assert (refused.channel, refused.error) == (CALLS, "403::subscribe_denied")
+    assert store.seqs == list(said.seqs)
+    assert_complete(store, lost, said)
+
+
+async def test_defect_04_the_interval_is_in_milliseconds(cometd_peer: CometdFactory) -> None:
+    """An advised interval of 200 is a fifth of a second between two connects, not three minutes."""
+    peer = await cometd_peer(**{**SERVER, "timeout": 100, "interval": 200})
+    store = Store()
+    async with subscribed(peer.url, store):
+        said = await says(peer, 3)
+        await store.until_heard(3)
+        await peer.reset()
+        await peer.until("stats", lambda stats: stats["connects"] >= 4)
+        requests = await peer.requests(CONNECT)
+    assert store.seqs == list(said.seqs)
+    waits = [after["at_ms"] - before["at_ms"] for before, after in itertools.pairwise(requests)]
+    assert all(190 <= wait <= 1_000 for wait in waits), waits
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"successful": False, "error": "500::busy"},
+        {"successful": False, "error": "402::session_unknown", "advice": {"reconnect": "handshake"}},
+        {"successful": False, "error": "500::busy", "advice": {"reconnect": "retry", "interval": 0}},
+    ],
+)
+async def test_defect_05_a_server_that_rejects_is_not_stormed(
+    cometd_peer: CometdFactory, reply: dict[str, Any]
+) -> None:
+    """Connects that are refused for ever come ever more slowly; and when the server mends, all is heard."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store):
+        await peer.reset()
+        await peer.rule("reply", channel=CONNECT, count=None, set=reply)
+        await peer.until("stats", lambda stats: stats["connects"] >= 12)
+        stats = await peer.stats()
+        assert stats["uptime_ms"] > 1_000, stats
+        assert stats["peak_per_s"] < 30, stats
+        assert store.gaps[-1].end is None
+        await peer.clear()
+        await store.until(lambda: not store.gaps or store.gaps[-1].end is not None)
+        said = await says(peer, 5)
+        await store.until_heard(5)
+    assert store.seqs == list(said.seqs)
+
+
+async def test_defect_06_advice_may_be_null_and_is_merged(cometd_peer: CometdFactory) -> None:
+    """Null in place of advice, or of one of its fields, neither ends the session nor changes its timeout."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store) as line:
+        await peer.rule("reply", channel=CONNECT, count=3, set={"advice": None})
+        await peer.rule("reply", channel=CONNECT, count=3, set={"advice": {"timeout": None, "interval": 0}})
+        said = await says(peer, 400, rate_per_s=400)
+        await store.until_heard(400)
+        assert line.session.timeout_s == SERVER["timeout"] / 1000
+        assert (await peer.stats())["rules_pending"] == 0
+    assert_complete(store, said)
+    assert store.kinds()[Handshaken] == 1
+
+
+@pytest.mark.parametrize("code", [401, 403])
+@pytest.mark.parametrize("endpoint", [{}, {"connection_types": WEBSOCKET}])
+async def test_defect_07_http_401_and_403_log_in_again(code: int, endpoint: dict[str, Any]) -> None:
+    """A refusal by HTTP calls for the login, whose new token goes with every request from then on."""
+    login = Login({"X-CSRF-TOKEN": "2"}, refuses=1)
+    store = Store()
+    async with guarded(code) as url, listening(url, store, login, **endpoint):
+        await store.until_told(Subscribed)
+    assert login.logins == 2
+    assert [fact.cause for fact in store.facts if isinstance(fact, Gap)] == ["disconnected", "login refused"]
+
+
+@contextlib.asynccontextmanager
+async def guarded(code: int) -> AsyncIterator[str]:
+    """A GWS of ours behind a gate that wants a header, and answers this status to who has it not."""
+    settings = SimulatorSettings(accounts=1, timeout_ms=400)
+    async with Simulator(settings) as simulator, aiohttp.ClientSession() as onward:
+        (account,) = simulator.accounts.values()
+        headers = {"Authorization": aiohttp.encode_basic_auth(account.login, account.password)}
+
+        async def gate(request: web.Request) -> web.StreamResponse:
+            if request.headers.get("X-CSRF-TOKEN") != "2":
+                return web.Response(status=code)
+            url = simulator.url + "/api/v2/notifications"
+            if request.method == "GET":
+                front = web.WebSocketResponse()
+                await front.prepare(request)
+                async with onward.ws_connect(url, headers=headers) as back:
+                    async for frame in front:
+                        await back.send_str(frame.data)
+                        await front.send_str(await back.receive_str())
+                return front
+            cookies = {"Cookie": request.headers.get("Cookie", "")}
+            async with onward.post(
+                url, data=await request.read(), headers={**headers, **cookies}
+            ) as response:
+                answer = web.Response(body=await response.read(), status=response.status)
+                answer.headers.extend(
+                    (name, value) for name, value in response.headers.items() if name == "Set-Cookie"
+                )
+                return answer
+
+        app = web.Application()
+        app.router.add_route("*", "/", gate)
+        async with serving(app) as origin:
+            yield origin
+
+
+@contextlib.asynccontextmanager
+async def serving(app: web.Application) -> AsyncIterator[str]:
+    """An aiohttp application on a port of its own; gives its URL."""
+    runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, HOST, 0)
+        await site.start()
+        yield f"http://{HOST}:{runner.addresses[0][1]}/"
+    finally:
+        await runner.cleanup()
+
+
+async def test_defect_07_redirects_are_not_followed(cometd_peer: CometdFactory) -> None:
+    """A redirect would take the credentials elsewhere: it is an error that says where it led."""
+    peer, elsewhere = await cometd_peer(**SERVER), await cometd_peer(**SERVER)
+    await peer.rule("status", code=302, headers={"Location": elsewhere.url}, count=3)
+    store = Store()
+    async with subscribed(peer.url, store, Login({"Authorization": "Basic c2VjcmV0"})):
+        pass
+    assert (await elsewhere.stats())["requests"] == 0
+    gap = next(fact for fact in store.facts if isinstance(fact, Gap))
+    assert "HTTP 302" in gap.detail
+    assert elsewhere.url in gap.detail
+    assert "set base_url" in gap.detail
+
+
+@pytest.mark.parametrize("code", [400, 404, 500, 503])
+async def test_defect_07_other_statuses_are_failures(cometd_peer: CometdFactory, code: int) -> None:
+    """Whatever else the server answers is no answer: the session goes on when it answers again."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store):
+        await peer.rule("status", channel=CONNECT, code=code, text="[]", count=2)
+        await store.until_told(Unbroken)
+        said = await says(peer, 5)
+        await store.until_heard(5)
+    assert store.seqs == list(said.seqs)
+    assert store.kinds()[Handshaken] == 1
+    assert f"HTTP {code}" in next(fact.detail for fact in store.facts if isinstance(fact, Gap))
+
+
+STALL_s = 1.8
+MAX_INTERVAL_ms = 1_000
+"""Nine seconds of stall against a maxInterval of five, on a fifth of the scale."""
+
+
+@pytest.mark.parametrize("stall", ["commits", "room"])
+async def test_defect_08_a_slow_store_does_not_cost_the_session(
+    cometd_peer: CometdFactory, stall: str
+) -> None:
+    """The store stalls for longer than maxInterval: the session is kept, 0 lost, 0 doubled.
+
+    Once because nothing is committed, once because there is no room for what is heard.
+    """
+    peer = await cometd_peer(**{**SERVER, "max_interval": MAX_INTERVAL_ms})
+    store = Store()
+    async with subscribed(peer.url, store):
+        before = await says(peer, 10)
+        await store.until_heard(10)
+        if stall == "commits":
+            store.commits = False
+        else:
+            store.room.clear()
+        during = await says(peer, int(STALL_s * 200), rate_per_s=200)
+        (session,) = await peer.sessions()
+        assert session["acked"] is not None
+        assert len(store.heard) < 10 + len(during.seqs)
+        store.commits = True
+        store.room.set()
+        store.commit()
+        await store.until_heard(10 + len(during.seqs))
+        stats = await peer.stats()
+    assert_complete(store, before, during)
+    assert store.seqs == [*before.seqs, *during.seqs]
+    assert stats["handshakes"] == 1
+    assert store.gaps == []
+
+
+@pytest.mark.parametrize("endpoint", [{}, {"connection_types": WEBSOCKET}])
+async def test_defect_08_without_acknowledgements_a_stall_loses_nothing_silently(
+    faye_peer: FayeFactory, endpoint: dict[str, Any]
+) -> None:
+    """A server that does not acknowledge cannot be held off for longer than it keeps the session; what is
+    lost then lies within a gap, and what was taken is not lost to our own impatience."""
+    peer = await faye_peer(**FAYE)
+    store = Store()
+    async with subscribed(peer.url, store, **endpoint):
+        store.room.clear()
+        first = await says(peer, 1)
+        during = [await says(peer, 10, rate_per_s=200) for _ in range(36)]
+        store.room.set()
+        await store.until_told(Subscribed, 2)
+        after = await says(peer, 20)
+        await store.until(lambda: store.seqs[-1:] == [after.seqs[-1]])
+    assert_complete(store, first, *during, after)
+    assert store.seqs[0] == first.seqs[0]
+
+
+async def test_defect_09_impatience_with_the_store_loses_nothing(cometd_peer: CometdFactory) -> None:
+    """A store that takes longer than any request may is waited for: what it was handed is not taken back."""
+    limits = Limits(**{**_fields(LIMITS), "network_delay_s": 0.1, "request_s": 0.3})
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store, limits=limits):
+        store.room.clear()
+        said = await says(peer, 200, rate_per_s=200)
+        store.room.set()
+        await store.until_heard(200)
+    assert_complete(store, said)
+    assert store.seqs == list(said.seqs)
+    assert store.kinds()[Handshaken] == 1
+
+
+def _fields(limits: Limits) -> dict[str, Any]:
+    return {name: getattr(limits, name) for name in limits.__struct_fields__}
+
+
+async def test_defect_09_a_stop_acknowledges_only_what_is_durable(cometd_peer: CometdFactory) -> None:
+    """A line that is stopped in the middle of a burst has heard a beginning without holes, and the server
+    still keeps what did not become durable."""
+    peer = await cometd_peer(**SERVER)
+    for _ in range(3):
+        store = Store()
+        async with subscribed(peer.url, store, goodbye=False):
+            first = await says(peer, 100, rate_per_s=4_000)
+            await store.until_heard(30)
+            store.commits = False
+            durable = len(store.heard)
+        assert store.seqs == list(first.seqs)[: len(store.heard)]
+        assert len(store.heard) >= durable
+        await peer.forget()
+
+
+@pytest.mark.parametrize("scope", ["existing", "frozen"])
+async def test_defect_10_half_open_connections_are_noticed_in_time(
+    cometd_peer: CometdFactory, tcp_proxy: ProxyFactory, scope: str
+) -> None:
+    """A connection over which nothing comes any more is given up after timeout + 5 s (scaled), with all that
+    are pooled: the session is kept, and with acknowledgements nothing is lost.
+
+    Once the server goes on believing in it, once the network between us is gone for that connection.
+    """
+    peer = await cometd_peer(**SERVER)
+    proxy = await tcp_proxy(peer)
+    store = Store()
+    async with subscribed(f"http://{HOST}:{proxy.port}{peer.path}", store):
+        before = await says(peer, 10)
+        await store.until_heard(10)
+        if scope == "existing":
+            await peer.half_open("existing")
+        else:
+            proxy.stall()
+        began = time.monotonic()
+        during = await says(peer, 10)
+        await store.until_heard(20)
+        took = time.monotonic() - began
+        stats = await peer.stats()
+    assert_complete(store, before, during)
+    assert store.seqs == [*before.seqs, *during.seqs]
+    assert stats["handshakes"] == 1
+    assert took < SERVER["timeout"] / 1000 + LIMITS.network_delay_s + 0.5
+    assert store.kinds()[Unbroken] == 1
+
+
+async def test_defect_10_a_half_open_websocket_is_noticed_in_time(
+    faye_peer: FayeFactory, tcp_proxy: ProxyFactory
+) -> None:
+    """The same over a websocket: no farewell is waited for on a connection that is dead."""
+    peer = await faye_peer(timeout=1_000)
+    proxy = await tcp_proxy(peer)
+    store = Store()
+    async with subscribed(f"http://{HOST}:{proxy.port}{peer.path}", store, connection_types=WEBSOCKET):
+        before = await says(peer, 10)
+        await store.until_heard(10)
+        proxy.stall()
+        began = time.monotonic()
+        during = await says(peer, 10)
+        await store.until_told(Resumed)
+        took = time.monotonic() - began
+        after = await says(peer, 10)
+        await store.until_heard(20)
+        stats = await peer.stats()
+    assert_complete(store, before, during, after)
+    assert stats["handshakes"] == 1
+    assert took < 1.0 + LIMITS.network_delay_s + 0.5
+
+
+@pytest.mark.parametrize("name", ["cometd, long-polling, ack", "faye, long-polling", "faye, websocket"])
+async def test_defect_11_an_oversized_message_does_not_stop_the_others(
+    cometd_peer: CometdFactory, faye_peer: FayeFactory, name: str
+) -> None:
+    """An answer above the bound ends the session, as a gap with that cause; what comes after is heard."""
+    script, flags, endpoint = KINDS[name]
+    peer: Peer = await (cometd_peer if script == "cometd" else faye_peer)(**flags)
+    store = Store()
+    async with subscribed(peer.url, store, delivery_bytes_max=100_000, **endpoint):
+        before = await says(peer, 10)
+        large = await says(peer, 1, size_bytes=50_000)
+        await store.until_heard(11)
+        poison = await says(peer, 1, size_bytes=200_000)
+        await store.until_told(Subscribed, 2)
+        after = await says(peer, 10)
+        await store.until_heard(21)
+    assert_complete(store, before, large, poison, after)
+    assert store.seqs == [*before.seqs, *large.seqs, *after.seqs]
+    assert [gap.cause for gap in store.gaps] == ["oversized"]
+    assert store.kinds()[Handshaken] == 2
+
+
+async def test_defect_12_stopping_is_quick_and_says_nothing(kind: Kind, peer: Peer) -> None:
+    """A stop takes no time worth the name, and leaves no word, task or socket behind."""
+    tasks = asyncio.all_tasks()
+    store = Store()
+    async with subscribed(peer.url, store, **kind.endpoint):
+        said = await says(peer, 100)
+        await store.until_heard(100)
+        began = time.monotonic()
+    assert time.monotonic() - began < 0.2
+    assert asyncio.all_tasks() == tasks
+    assert sockets_to(peer) == 0
+    assert_complete(store, said)
+
+
+async def test_defect_13_no_tasks_for_messages_and_few_for_a_session(kind: Kind, peer: Peer) -> None:
+    """An idle session is a handful of tasks; a thousand messages make none."""
+    loop = asyncio.get_running_loop()
+    before = len(asyncio.all_tasks())
+    store = Store()
+    async with subscribed(peer.url, store, **kind.endpoint):
+        await says(peer, 10)
+        await store.until_heard(10)
+        assert len(asyncio.all_tasks()) - before <= 4
+        made = 0
+
+        def count(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+            # aiohttp writes each request in a task of its own; a request may bring any number of messages.
+            nonlocal made
+            made += work.__qualname__ != "ClientRequest.write_bytes"
+            return asyncio.Task(work, loop=loop, **options)
+
+        said = loop.create_task(says(peer, 1_000, rate_per_s=2_000))
+        loop.set_task_factory(count)
+        await store.until_heard(1_010)
+        loop.set_task_factory(None)
+        await said
+    # A frame of a websocket may be awaited by a task; frames are fewer than messages.
+    assert made <= 50, f"{made} tasks for 1,000 messages"
+
+
+async def test_defect_14_the_order_survives_cuts(cometd_peer: CometdFactory, tcp_proxy: ProxyFactory) -> None:
+    """With the connection cut again and again inside the answers, the order is the server's."""
+    peer = await cometd_peer(**SERVER)
+    proxy = await tcp_proxy(peer)
+    store = Store()
+    async with subscribed(f"http://{HOST}:{proxy.port}{peer.path}", store):
+        proxy.cut_after(40_000, times=10)
+        said = await says(peer, 4_000, rate_per_s=4_000, size_bytes=200)
+        await store.until_heard(4_000)
+    assert store.seqs == list(said.seqs)
+    assert store.doubled == 0
+    assert proxy.opened >= 11, "not cut ten times"
+    positions = [one.position for one in store.heard]
+    assert positions == list(range(1, 4_001))
+
+
+# ── Bytes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+TEXTS = [
+    '{"a": 1,  "b" :[ 1,2 ]}',
+    '{"a":1,"a":2,"a":3}',
+    '{"name":"J\\u00fcrgen \\ud83d\\ude00 \\/ \\u0000"}',
+    '{"name":"Jürgen 😀"}',
+    '{"half":"\\ud800"}',
+    "1e400",
+    "-0.0",
+    "123456789012345678901234567890.10",
+    '"text"',
+    "null",
+    "[]",
+    "[" * 5_000 + "]" * 5_000,
+]
+
+
+async def test_the_exact_bytes_are_heard(cometd_peer: CometdFactory) -> None:
+    """Spacing, repeated keys, escapes, numbers and depth arrive as they stood on the wire."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store):
+        await peer.publish_texts(TEXTS)
+        await store.until_heard(len(TEXTS))
+    assert [one.raw.decode() for one in store.heard] == [
+        f'{{"channel":"{CALLS}","data":{text}}}' for text in TEXTS
+    ]
+    assert [one.position for one in store.heard] == list(range(1, len(TEXTS) + 1))
+    assert {one.channel for one in store.heard} == {CALLS, ""}  # what nests too deep to read has no name
+    assert {one.account for one in store.heard} == {7}
+
+
+async def test_items_that_are_no_messages_are_kept_apart(cometd_peer: CometdFactory) -> None:
+    """A null among the messages is heard in a stream of its own, and shifts no places."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store):
+        await peer.rule("insert", channel=CONNECT, text="null", count=2)
+        said = await says(peer, 2, rate_per_s=20)
+        await store.until_heard(4)
+        more = await says(peer, 1)
+        await store.until_heard(5)
+    odd = [one for one in store.heard if one.raw == b"null"]
+    assert [one.position for one in odd] == [1, 2]
+    assert len({one.stream for one in odd}) == 1
+    assert odd[0].stream not in {one.stream for one in store.heard if one.raw != b"null"}
+    assert store.seqs == [*said.seqs, *more.seqs]
+    assert store.kinds()[Handshaken] == 1
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"kind": "truncate"},
+        {"kind": "body", "text": "<html>Bad gateway</html>"},
+        {"kind": "body", "text": ""},
+        {"kind": "body", "text": "[]"},
+        {"kind": "body", "text": "null"},
+    ],
+)
+async def test_an_answer_that_cannot_be_read_is_asked_for_again(
+    cometd_peer: CometdFactory, rule: dict[str, Any]
+) -> None:
+    """Twice is forgiven: with acknowledgements it all comes again."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store):
+        await peer.rule(channel=CONNECT, count=2, **rule)
+        said = await says(peer, 10, whole=True)
+        await store.until_heard(10)
+        await store.until_told(Unbroken)
+    assert_complete(store, said)
+    assert store.seqs == list(said.seqs)
+    assert store.kinds()[Handshaken] == 1
+
+
+async def test_a_message_that_breaks_the_answer_thrice_is_given_up(cometd_peer: CometdFactory) -> None:
+    """What is no JSON holds back the session only until it is known to be hopeless, and then is a gap."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store):
+        began = time.monotonic()
+        await peer.publish_texts(['{"a":'])
+        poison = Said(range(0), began, time.monotonic())
+        await store.until_told(Subscribed, 2)
+        said = await says(peer, 10)
+        await store.until_heard(10)
+    assert store.seqs == list(said.seqs)
+    (gap,) = store.gaps
+    assert gap.cause == "malformed"
+    assert gap.since <= poison.began
+    assert gap.end is not None
+    assert gap.end >= poison.ended
+
+
+# ── Sessions ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_all_channels_go_into_one_request(cometd_peer: CometdFactory) -> None:
+    """Subscribing costs one request, however many channels there are."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    channels = (CALLS, "/v2/me/devices", "/v2/me/channels")
+    async with subscribed(peer.url, store, channels=channels):
+        requests = await peer.requests()
+        (session,) = await peer.sessions()
+        assert (await peer.stats())["requests"] <= 4
+    asked = [each["message"]["channel"] for each in requests][:5]
+    assert asked == [HANDSHAKE, CONNECT, SUBSCRIBE, SUBSCRIBE, SUBSCRIBE]
+    assert set(session["subscriptions"]) == set(channels)
+
+
+async def test_goodbye_is_said(kind: Kind, peer: Peer) -> None:
+    """A line that stops for good tells the server, which then keeps nothing for it."""
+    store = Store()
+    async with subscribed(peer.url, store, **kind.endpoint):
+        assert len(await peer.sessions()) == 1
+    assert (await peer.stats())["disconnects"] == 1
+    assert (await peer.requests())[-1]["message"]["channel"] == DISCONNECT
+    assert await peer.sessions() == []
+
+
+async def test_goodbye_is_not_said_when_the_session_is_to_be_resumed(cometd_peer: CometdFactory) -> None:
+    """A planned restart must not end the session."""
+    peer = await cometd_peer(**SERVER)
+    async with subscribed(peer.url, Store(), goodbye=False):
+        pass
+    assert (await peer.stats())["disconnects"] == 0
+    assert len(await peer.sessions()) == 1
+
+
+async def test_goodbye_to_a_server_that_is_gone_is_bounded(
+    cometd_peer: CometdFactory, tcp_proxy: ProxyFactory
+) -> None:
+    """Stopping does not depend on the network."""
+    peer = await cometd_peer(**SERVER)
+    proxy = await tcp_proxy(peer)
+    limits = Limits(**{**_fields(LIMITS), "request_s": 0.3})
+    async with subscribed(f"http://{HOST}:{proxy.port}{peer.path}", Store(), limits=limits):
+        proxy.stall(new=True)
+        began = time.monotonic()
+    assert time.monotonic() - began < 1.0
+
+
+async def test_what_waits_for_room_is_handed_over_before_the_goodbye(cometd_peer: CometdFactory) -> None:
+    """After a farewell the server gives nothing again: what was heard by then must reach the store."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    loop = asyncio.get_running_loop()
+    async with subscribed(peer.url, store):
+        store.room.clear()
+        said = await says(peer, 10, whole=True)
+        await peer.until("sessions", lambda answer: answer["sessions"][0]["held"] is False)
+        loop.call_later(0.1, store.room.set)
+    assert store.seqs == list(said.seqs)
+
+
+@pytest.mark.parametrize("how", ["silent", "wake", "disconnect"])
+async def test_a_session_that_the_server_lost_is_followed_by_another(
+    kind: Kind, peer: Peer, how: Literal["silent", "wake", "disconnect"]
+) -> None:
+    """However it was lost: a gap since before it was, a new session, and all that follows."""
+    store = Store()
+    async with subscribed(peer.url, store, **kind.endpoint):
+        before = await says(peer, 10)
+        await store.until_heard(10)
+        await peer.forget(how=how)
+        lost = await says(peer, 5)
+        await store.until_told(Subscribed, 2)
+        after = await says(peer, 10)
+        await store.until(lambda: store.seqs[-1] == after.seqs[-1])
+    assert_complete(store, before, lost, after)
+    assert store.kinds()[Handshaken] == 2
+
+
+async def test_advice_none_is_obeyed_with_a_pause(cometd_peer: CometdFactory) -> None:
+    """A server that wants no more of us is left alone for a while, then asked anew with a fresh login."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    login = Login()
+    reply = {"successful": False, "error": "500::full", "advice": {"reconnect": "none"}}
+    async with subscribed(peer.url, store, login):
+        await peer.rule("reply", channel=CONNECT, set=reply)
+        await store.until_told(Refused)
+        refused_at = time.monotonic()
+        await store.until_told(Subscribed, 2)
+        assert time.monotonic() - refused_at >= LIMITS.refused_s
+    assert login.logins == 1
+    assert [gap.cause for gap in store.gaps] == ["session lost"]
+
+
+async def test_two_lines_of_one_account_do_not_disturb_each_other(cometd_peer: CometdFactory) -> None:
+    """Each has a jar of its own, so that the server sees two browsers and holds both their connects."""
+    peer = await cometd_peer(**SERVER)
+    first, second = Store(), Store()
+    async with subscribed(peer.url, first), subscribed(peer.url, second):
+        said = await says(peer, 200, rate_per_s=1_000)
+        await first.until_heard(200)
+        await second.until_heard(200)
+    assert first.seqs == second.seqs == list(said.seqs)
+
+
+async def test_login_comes_first_where_the_server_wants_it(cometd_peer: CometdFactory) -> None:
+    """GWS wants the cookies of a REST login with CometD's first request."""
+    peer = await cometd_peer(**SERVER)
+    await peer.policy(headers={"authorization": "Basic x"})
+    login = Login({"authorization": "Basic x"})
+    async with subscribed(peer.url, Store(), login, login_first=True):
+        pass
+    assert login.logins == 1
+    assert (await peer.stats())["handshakes"] == 1
+
+
+async def test_a_login_that_is_refused_is_tried_ever_more_slowly(cometd_peer: CometdFactory) -> None:
+    """It is a gap with that cause and the reason, and ends when a person has mended it."""
+    peer = await cometd_peer(**SERVER)
+    login = Login(refuses=3)
+    store = Store()
+    began = time.monotonic()
+    async with subscribed(peer.url, store, login, login_first=True):
+        took = time.monotonic() - began
+    assert login.logins == 4
+    assert took >= 0.1 + 0.2 + 0.4
+    assert next(fact for fact in store.facts if isinstance(fact, Gap)).detail.startswith("wrong password")
+
+
+async def test_a_login_server_that_is_away_is_waited_for(cometd_peer: CometdFactory) -> None:
+    """REST that does not answer is a disconnection like any other."""
+    peer = await cometd_peer(**SERVER)
+    login = Login()
+    login.away = 4
+    store = Store()
+    async with subscribed(peer.url, store, login, login_first=True):
+        pass
+    assert login.logins == 5
+    assert [fact.cause for fact in store.facts if isinstance(fact, Gap)] == ["disconnected"]
+
+
+async def test_a_line_that_broke_may_run_again(cometd_peer: CometdFactory) -> None:
+    """A bug behind the line ends `run` loudly and as a gap; run again, it hears again."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    line = Line(7, Endpoint(peer.url, channels=(CALLS,)), Login(), store, limits=LIMITS)
+    store.breaks = ZeroDivisionError("a bug")
+    loop = asyncio.get_running_loop()
+    first = loop.create_task(line.run())
+    await store.until_told(Subscribed)
+    await says(peer, 5)
+    with pytest.raises(ExceptionGroup) as broken:
+        async with asyncio.timeout(BOUND_s):
+            await first
+    assert broken.group_contains(ZeroDivisionError)
+    assert store.gaps[-1].end is None, "broken, and said to be observed"
+    assert sockets_to(peer) == 0
+
+    again = loop.create_task(line.run())
+    await store.until_told(Subscribed, 2)
+    said = await says(peer, 5)
+    await store.until(lambda: store.seqs[-5:] == list(said.seqs))
+    again.cancel()
+    await asyncio.wait({again})
+
+
+# ── Negotiation ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_server_without_websocket_is_heard_over_long_polling(cometd_peer: CometdFactory) -> None:
+    """What the server does not offer is not used, also if nothing else was configured."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store, connection_types=WEBSOCKET):
+        said = await says(peer, 5)
+        await store.until_heard(5)
+    assert store.seqs == list(said.seqs)
+
+
+async def test_a_server_that_offers_nothing_known_is_heard_over_long_polling(faye_peer: FayeFactory) -> None:
+    """Long-polling is what every server has, whatever it says that it has."""
+    peer = await faye_peer(**FAYE)
+    await peer.rule("reply", channel=HANDSHAKE, set={"supportedConnectionTypes": ["callback-polling", 7]})
+    store = Store()
+    async with subscribed(peer.url, store):
+        said = await says(peer, 5)
+        await store.until_heard(5)
+    assert store.seqs == list(said.seqs)
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 501])
+async def test_a_websocket_that_is_refused_gives_way_to_long_polling(
+    faye_peer: FayeFactory, status: int
+) -> None:
+    """A proxy that passes POST and refuses the upgrade must not make us deaf for ever."""
+    peer = await faye_peer(**FAYE)
+    refused = 0
+    async with aiohttp.ClientSession() as onward:
+
+        async def pass_on(request: web.Request) -> web.Response:
+            nonlocal refused
+            if request.method == "GET":
+                refused += 1
+                return web.Response(status=status)
+            async with onward.post(
+                peer.url, data=await request.read(), headers={"Content-Type": "application/json"}
+            ) as response:
+                return web.Response(body=await response.read(), status=response.status)
+
+        app = web.Application()
+        app.router.add_route("*", "/", pass_on)
+        store = Store()
+        types = ("websocket", "long-polling")
+        async with serving(app) as url, subscribed(url, store, connection_types=types) as line:
+            said = await says(peer, 5)
+            await store.until_heard(5)
+            assert line.session.connection_type == "long-polling"
+    assert store.seqs == list(said.seqs)
+    assert refused == 3
+    detail = next(fact.detail for fact in store.facts if isinstance(fact, Gap))
+    assert f"HTTP {status}" in detail
+
+
+async def test_a_server_that_is_away_is_no_reason_to_leave_the_websocket(
+    faye_peer: FayeFactory, tcp_proxy: ProxyFactory
+) -> None:
+    """Refused connections are an outage; the websocket is used again afterwards."""
+    peer = await faye_peer(**FAYE)
+    proxy = await tcp_proxy(peer)
+    store = Store()
+    async with subscribed(
+        f"http://{HOST}:{proxy.port}{peer.path}", store, connection_types=WEBSOCKET
+    ) as line:
+        await proxy.refuse()
+        await store.until(lambda: bool(store.gaps))
+        await proxy.resume()
+        await store.until(lambda: store.gaps[-1].end is not None)
+        assert line.session.connection_type == "websocket"
+        said = await says(peer, 5)
+        await store.until(lambda: store.seqs[-5:] == list(said.seqs))
+
+
+# ── TLS ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Authority:
+    """A throw-away certificate authority, by the openssl program, with a server certificate for 127.0.0.1."""
+
+    def __init__(self, directory: Path) -> None:
+        self.certificate = directory / "ca.pem"
+        self._directory = directory
+        key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+        (directory / "ca.cnf").write_text(
+            "[req]\ndistinguished_name=dn\nx509_extensions=ca\nprompt=no\n[dn]\nCN=throw-away\n"
+            "[ca]\nbasicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\n"
+            "subjectKeyIdentifier=hash\n"
+        )
+        (directory / "server.ext").write_text(
+            f"subjectAltName=IP:{HOST}\nauthorityKeyIdentifier=keyid\nextendedKeyUsage=serverAuth\n"
+        )
+        self._openssl("req", "-x509", *key, "-config", "ca.cnf", "-keyout", "ca.key", "-out", "ca.pem")
+        self._openssl(
+            "req", "-new", *key[:5], "-config", "ca.cnf", "-keyout", "server.key", "-out", "server.csr"
+        )
+        signing = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2"]
+        self._openssl(
+            "x509", "-req", "-in", "server.csr", *signing, "-extfile", "server.ext", "-out", "server.pem"
+        )
+
+    def _openssl(self, *arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=self._directory, check=True, capture_output=True)
+
+    def server(self) -> ssl.SSLContext:
+        """What a server needs to show the certificate."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self._directory / "server.pem", self._directory / "server.key")
+        return context
+
+    def client(self) -> ssl.SSLContext:
+        """What a client needs to trust this authority and no other."""
+        return ssl.create_default_context(cafile=str(self.certificate))
+
+
+class TlsProxy(TcpProxy):
+    """The breaking proxy with TLS towards its clients."""
+
+    def __init__(self, target_port: int, context: ssl.SSLContext) -> None:
+        super().__init__(target_port)
+        self._context = context
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._serve, HOST, self.port, ssl=self._context)
+
+    async def _pump(
+        self,
+        direction: Direction,  # noqa: ARG002 - as in the plain one, here and below
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        link: Any,  # noqa: ARG002
+    ) -> None:
+        # Without the exact byte counts of the plain proxy: over TLS a buffer limit of zero never drains.
+        while data := await reader.read(CHUNK_BYTES):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+
+@pytest.fixture(scope="module")
+def authorities(tmp_path_factory: pytest.TempPathFactory) -> tuple[Authority, Authority]:
+    """Ours, and another's."""
+    return Authority(tmp_path_factory.mktemp("ours")), Authority(tmp_path_factory.mktemp("theirs"))
+
+
+@pytest.mark.parametrize("endpoint", [{}, {"connection_types": WEBSOCKET}])
+async def test_tls_with_a_private_authority(
+    faye_peer: FayeFactory, authorities: tuple[Authority, Authority], endpoint: dict[str, Any]
+) -> None:
+    """The given authority is trusted, for long-polling and for websockets, also when connections are cut."""
+    ours, _ = authorities
+    peer = await faye_peer(**FAYE)
+    assert peer.port is not None
+    store = Store()
+    async with TlsProxy(peer.port, ours.server()) as proxy:
+        url = f"https://{HOST}:{proxy.port}{peer.path}"
+        async with subscribed(url, store, tls=ours.client(), **endpoint):
+            before = await says(peer, 10)
+            await store.until_heard(10)
+            await proxy.refuse()
+            await store.until(lambda: bool(store.gaps))
+            await proxy.resume()
+            await store.until_told(Resumed)
+            after = await says(peer, 10)
+            await store.until_heard(20)
+    assert_complete(store, before, after)
+
+
+@pytest.mark.parametrize("endpoint", [{}, {"connection_types": WEBSOCKET}])
+async def test_tls_of_another_authority_is_refused(
+    faye_peer: FayeFactory, authorities: tuple[Authority, Authority], endpoint: dict[str, Any]
+) -> None:
+    """Nothing is said to who cannot prove to be the server, and the reason is told."""
+    ours, theirs = authorities
+    peer = await faye_peer(**FAYE)
+    assert peer.port is not None
+    store = Store()
+    async with TlsProxy(peer.port, ours.server()) as proxy:
+        url = f"https://{HOST}:{proxy.port}{peer.path}"
+        async with listening(url, store, tls=theirs.client(), **endpoint):
+            await store.until(lambda: bool(store.gaps))
+            await peer.until("stats", lambda stats: stats["uptime_ms"] > 300)
+    assert (await peer.stats())["requests"] == 0
+    assert "certificate" in next(fact.detail for fact in store.facts if isinstance(fact, Gap)).lower()
+
+
+# ── The library ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_libraries_are_those_that_were_tried() -> None:
+    """Our transports stand on aiocometd 0.4.5 and aiohttp 3; if either moves, this file must be read anew."""
+    assert importlib.metadata.version("aiocometd") == "0.4.5"
+    major, minor, *_ = importlib.metadata.version("aiohttp").split(".")
+    assert (3, 14) <= (int(major), int(minor)) < (4, 0)
+    wanted = importlib.metadata.requires("listener") or []
+    pins = {re.split(r"[<>=!]", each)[0]: each for each in wanted}
+    assert pins["aiocometd"] == "aiocometd==0.4.5"
+    assert "<4" in pins["aiohttp"]
+
+
+def test_our_transports_replace_those_of_the_library() -> None:
+    """Whatever asks aiocometd for a transport gets ours."""
+    from aiocometd.constants import ConnectionType
+    from aiocometd.transports.registry import TRANSPORT_CLASSES
+
+    assert {
+        ConnectionType.LONG_POLLING: LongPolling,
+        ConnectionType.WEBSOCKET: WebSocket,
+    } == TRANSPORT_CLASSES
