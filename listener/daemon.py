@@ -246,6 +246,7 @@ class Daemon:
             await self._until_stopped(self._follow_first(works))
             if not self._stopping.is_set():
                 self._starting = ""
+                calm_collector()
                 self._log.info("listening", accounts=len(self._accounts), port=port, version=__version__)
                 if self._ready is not None:
                     self._ready(port)
