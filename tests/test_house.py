@@ -26,7 +26,6 @@ TESTED_ELSEWHERE = {
     "errors": "a tree of names without behaviour",
     "simulator/settings": "refused values are in tests/test_cli.py; the rest are figures",
     "store/batch": "tests/store/test_journal.py: half of the journal, without a face of its own",
-    "store/connect": "tests/store/test_journal.py and test_history.py, which fail by it in every way",
     "store/ledger": "tests/store/test_coverage.py",
     "store/migrate": "tests/test_migrations.py",
     "store/schema": "tests/test_migrations.py compares it with what the migrations make",
