@@ -1,0 +1,511 @@
+"""The daemon in this process, against the simulated contact centre and a real PostgreSQL."""
+
+import asyncio
+import tempfile
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from listener.core.calls import Outcome
+from listener.errors import SettingsError
+from listener.settings import Settings, Store
+from listener.simulator.centre import Simulator
+from listener.simulator.scripts import CALLS_CHANNEL
+from listener.simulator.settings import SimulatorSettings
+from listener.store import migrate
+from listener.store.embedded import Embedded
+from tests.peers.proxy import TcpProxy, free_port
+from tests.support.database import THROWAWAY, database, postgres, sql, template
+from tests.support.outage import Fragile, fragile, fragile_database
+from tests.support.running import InProcess, account, settings_for, until
+from tests.support.truth import compare
+
+__all__ = ["database", "fragile", "fragile_database", "postgres", "sql", "template"]
+
+
+OPEN = "SELECT count(*) FROM call WHERE ended_at IS NULL AND settled IS NULL"
+
+
+@asynccontextmanager
+async def centre(**settings: Any) -> AsyncIterator[Simulator]:
+    """A simulated contact centre; fast, so that a test is."""
+    async with Simulator(SimulatorSettings(**({"accounts": 4, "rate": 400.0} | settings))) as simulator:
+        yield simulator
+
+
+def sessions(simulator: Simulator) -> dict[str, set[str]]:
+    """The Bayeux sessions of each account that are subscribed to calls."""
+    return {
+        login: {each.id for each in simulator.gws.broker.sessions_of(login) if each.wants(CALLS_CHANNEL)}
+        for login in simulator.accounts
+    }
+
+
+def differ(simulator: Simulator, before: dict[str, set[str]], count: int) -> bool:
+    """Whether the sessions of so many accounts are others than before."""
+    now = sessions(simulator)
+    return sum(now[login] != before[login] for login in before) == count
+
+
+async def causes(sql: asyncpg.Connection, name: str) -> list[str]:
+    """The causes of an account's coverage that lasted any time, in order; "" is observed."""
+    rows = await sql.fetch(
+        "SELECT cause FROM coverage c JOIN account a ON a.id = c.account_id"
+        " WHERE a.name = $1 AND until IS DISTINCT FROM since ORDER BY since, c.id",
+        name,
+    )
+    return [row[0] for row in rows]
+
+
+# ── What it is for ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_everything_that_was_sent_is_stored_and_counted(database: str, sql: asyncpg.Connection) -> None:
+    """Eight accounts in all dialects: each message, each call and each metric is as the contact centre and
+    the database have it; stopping says so in the coverage."""
+    async with centre(accounts=8) as simulator:
+        async with InProcess(settings_for(simulator, database)).running() as listener:
+            await simulator.play(notifications=600)
+            await simulator.finish()
+            await simulator.drained()
+            assert await listener.reasons() == []
+            open_now = await listener.metric("listener_calls")
+            counted = {
+                "notifications": await listener.metric("listener_notifications_total")
+                - await listener.metric("listener_notifications_total", type="snapshot"),
+                "snapshots": await listener.metric("listener_notifications_total", type="snapshot"),
+                "began": await listener.metric("listener_calls_began_total"),
+                "answered": await listener.metric("listener_calls_ended_total", outcome="answered"),
+                "unanswered": await listener.metric("listener_calls_ended_total", outcome="unanswered"),
+                "anomalies": await listener.metric("listener_anomalies_total"),
+                "up": await listener.metric("listener_sessions", state="up"),
+                "accounts": await listener.metric("listener_accounts"),
+                "backlog": await listener.metric("listener_backlog_notifications"),
+                "handshakes": await listener.metric("listener_handshakes_total"),
+                "in batches": await listener.metric("listener_batch_notifications_sum"),
+            }
+        truth = simulator.truth()
+    report = (await compare(database, truth)).check()
+    assert report.missing == 0
+    assert report.stored == truth.sent
+    stored = await sql.fetchrow(
+        "SELECT (SELECT count(*) FROM notification WHERE source = 'cometd') AS notifications,"
+        " (SELECT count(*) FROM notification WHERE source = 'snapshot') AS snapshots,"
+        " (SELECT count(*) FROM call) AS began,"
+        " (SELECT count(*) FROM call WHERE outcome = 'answered') AS answered,"
+        " (SELECT count(*) FROM call WHERE outcome = 'unanswered') AS unanswered,"
+        " (SELECT count(*) FROM anomaly) AS anomalies"
+    )
+    assert stored is not None
+    expected = dict(stored) | {"up": 8, "accounts": 8, "backlog": 0, "handshakes": 8}
+    assert counted == expected | {"in batches": stored["notifications"] + stored["snapshots"]}
+    assert open_now == await sql.fetchval("SELECT count(*) FROM call WHERE ended_at IS NULL") == 0
+    assert {Outcome.ANSWERED, Outcome.UNANSWERED} <= {call.outcome for call in truth.calls}
+    for login in truth.accounts:
+        assert await causes(sql, login) == ["not started", "", "stopped"]
+
+
+async def test_a_second_start_goes_on_where_the_first_one_ended(
+    database: str, sql: asyncpg.Connection
+) -> None:
+    """Calls that were open are open still, and are ended by what is heard or by the snapshot."""
+    async with centre() as simulator:
+        async with InProcess(settings_for(simulator, database)).running():
+            await simulator.play(notifications=200)
+            await simulator.drained()
+        assert await sql.fetchval(OPEN) > 0
+        await simulator.play(notifications=60)
+        async with InProcess(settings_for(simulator, database)).running() as listener:
+            assert await listener.metric("listener_calls") == await sql.fetchval(OPEN)
+            await simulator.finish()
+            await simulator.drained()
+            assert await listener.metric("listener_calls") == 0
+        report = (await compare(database, simulator.truth())).check()
+    assert report.missing >= 60
+    assert await sql.fetchval(OPEN) == 0
+    for login in simulator.accounts:
+        assert await causes(sql, login) == ["not started", "", "stopped", "", "stopped"]
+
+
+# ── Reload ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_reload_touches_only_the_accounts_that_changed(
+    database: str, sql: asyncpg.Connection
+) -> None:
+    """One account is added, one removed, one gets another tenant: the sessions of the others are the same
+    ones as before, and not a message is lost to them."""
+    async with centre(accounts=5) as simulator:
+        kept, changed, removed, other, added = simulator.accounts
+        first = settings_for(simulator, database, [kept, changed, removed, other])
+        async with InProcess(first).running() as listener:
+            before = sessions(simulator)
+            playing = asyncio.get_running_loop().create_task(simulator.play(notifications=400))
+            rows = (account(kept), account(changed, tenant="acme"), account(other), account(added))
+            listener.settings = first.model_copy(update={"accounts": rows})
+            listener.daemon.reload()
+            await until(lambda: bool(sessions(simulator)[added]) and not sessions(simulator)[removed])
+            await until(lambda: bool(sessions(simulator)[changed] - before[changed]))
+            await until(lambda: not listener.daemon.not_ready())
+            await playing
+            await simulator.finish()
+            await simulator.drained()
+            after = sessions(simulator)
+            assert await listener.metric("listener_accounts") == 4
+            assert await listener.metric("listener_sessions", state="up") == 4
+            assert (after[kept], after[other]) == (before[kept], before[other])
+            assert len(after[changed]) == 1
+            assert await causes(sql, removed) == ["not started", ""]
+            assert await sql.fetchval("SELECT removed_at FROM account WHERE name = $1", removed) is not None
+            assert await causes(sql, changed) == ["not started", "", "stopped", ""]
+            assert await sql.fetchval("SELECT tenant FROM account WHERE name = $1", changed) == "acme"
+        truth = simulator.truth()
+    for login in (kept, other):
+        assert truth.accounts[login].accepted == truth.accounts[login].sent
+        whole = type(truth)({login: truth.accounts[login]}, truth.calls)
+        assert (await compare(database, whole)).check().missing == 0
+    partly = type(truth)({login: truth.accounts[login] for login in (changed, added)}, truth.calls)
+    (await compare(database, partly)).check()
+
+
+async def test_an_account_that_comes_back_is_no_longer_removed(
+    database: str, sql: asyncpg.Connection
+) -> None:
+    """Removed and added again: the same row, observed again, with the time between as a gap."""
+    async with centre(accounts=2) as simulator:
+        one, two = simulator.accounts
+        both = settings_for(simulator, database)
+        async with InProcess(both).running() as listener:
+            number = await sql.fetchval("SELECT id FROM account WHERE name = $1", two)
+            listener.settings = both.model_copy(update={"accounts": (account(one),)})
+            listener.daemon.reload()
+            await until(lambda: not sessions(simulator)[two])
+            listener.settings = both
+            listener.daemon.reload()
+            await until(lambda: bool(sessions(simulator)[two]))
+            await until(lambda: not listener.daemon.not_ready())
+            row = await sql.fetchrow("SELECT id, removed_at FROM account WHERE name = $1", two)
+            assert row is not None
+            assert tuple(row) == (number, None)
+        assert [cause for cause in await causes(sql, two) if cause == ""] == ["", ""]
+
+
+@pytest.mark.parametrize("why", ["refused", "no certificates", "a defect"])
+async def test_settings_that_are_wrong_change_nothing(database: str, tmp_path: Path, why: str) -> None:
+    """Whatever is wrong with them: everything that runs goes on, with the same sessions."""
+    async with centre(accounts=2) as simulator:
+        one, _ = simulator.accounts
+        right = settings_for(simulator, database)
+        async with InProcess(right).running() as listener:
+            before = sessions(simulator)
+
+            def wrong() -> Settings:
+                asked.set()
+                if why == "refused":
+                    raise SettingsError("listener.toml:3: there is no such setting")
+                if why == "a defect":
+                    raise ZeroDivisionError
+                (tmp_path / "ca.pem").write_text("no certificate")
+                return settings_for(
+                    simulator,
+                    database,
+                    [one],
+                    environment={"base_url": "https://127.0.0.1:1", "ca_file": tmp_path / "ca.pem"},
+                )
+
+            loop = asyncio.get_running_loop()
+            answered = asyncio.Event()
+
+            class Asked:
+                def set(self) -> None:
+                    loop.call_soon_threadsafe(answered.set)
+
+            asked = Asked()
+            listener.reread = wrong
+            listener.daemon.reload()
+            async with asyncio.timeout(10):
+                await answered.wait()
+            await simulator.play(notifications=100)
+            await simulator.finish()
+            await simulator.drained()
+            assert sessions(simulator) == before
+            assert listener.daemon.settings is right
+            assert await listener.reasons() == []
+            # And the next reload works.
+            listener.reread = lambda: settings_for(simulator, database, [one])
+            listener.daemon.reload()
+            await until(lambda: listener.daemon.accounts == 1)
+        (await compare(database, simulator.truth())).check()
+
+
+async def test_a_reload_while_the_database_hangs_is_finished_when_it_answers(
+    fragile: Fragile, fragile_database: str
+) -> None:
+    """No account is lost between two settings: those that stay are heard on, and those that are gone and new
+    follow when the database answers again."""
+    async with centre(accounts=3) as simulator:
+        one, two, three = simulator.accounts
+        first = settings_for(simulator, fragile_database, [one, two])
+        async with InProcess(first).running() as listener:
+            before = sessions(simulator)
+            async with fragile.away():
+                listener.settings = settings_for(simulator, fragile_database, [one, three])
+                listener.daemon.reload()
+                await until(lambda: listener.daemon._reload_wanted and not listener.daemon._told.is_set())
+                assert sessions(simulator) == before
+            await until(lambda: bool(sessions(simulator)[three]) and not sessions(simulator)[two])
+            await until(lambda: not listener.daemon.not_ready())
+            assert sessions(simulator)[one] == before[one]
+            connection = await asyncpg.connect(fragile_database)
+            try:
+                gone = "SELECT count(*) FROM account WHERE name = $1 AND removed_at IS NOT NULL"
+                await until(lambda: fetched(connection, gone, two))
+            finally:
+                await connection.close()
+
+
+async def fetched(connection: asyncpg.Connection, statement: str, *arguments: object) -> bool:
+    """Whether a statement gives something that is true."""
+    return bool(await connection.fetchval(statement, *arguments))
+
+
+# ── One account's failure is its own ──────────────────────────────────────────────────────────────────
+
+
+async def test_a_wrong_password_disturbs_nobody_and_shows(database: str, sql: asyncpg.Connection) -> None:
+    """It is named by /-/ready, is a gap with its cause and a session "refused"; the others hear all."""
+    async with centre(accounts=3) as simulator:
+        wrong, *right = simulator.accounts
+        settings = settings_for(simulator, database)
+        rows = (account(wrong, "not the password"), *settings.accounts[1:])
+        async with InProcess(settings.model_copy(update={"accounts": rows})).running(up=False) as listener:
+            await simulator.subscribed(2)
+            await until(lambda: len(listener.daemon.not_ready()) == 1)
+            await simulator.play(notifications=200)
+            await simulator.finish()
+            await simulator.drained()
+            (reason,) = await listener.reasons()
+            assert reason.startswith(f"{wrong}: login refused")
+            assert "not the password" not in reason
+            assert await listener.metric("listener_sessions", state="refused") == 1
+            assert await listener.metric("listener_sessions", state="up") == 2
+        truth = simulator.truth()
+    heard = type(truth)({login: truth.accounts[login] for login in right}, truth.calls)
+    assert (await compare(database, heard)).check().missing == 0
+    assert (await causes(sql, wrong))[-2:] == ["login refused", "stopped"]
+
+
+class Stumbling:
+    """A clock that fails once, in the task that hears for an account: a defect in the middle of the work."""
+
+    def __init__(self) -> None:
+        self.stumbles = 0
+
+    def __call__(self) -> datetime:
+        """The time of day."""
+        task = asyncio.current_task()
+        if self.stumbles and task is not None and "_drive" in repr(task.get_coro()):
+            self.stumbles -= 1
+            raise ZeroDivisionError("a defect that a test put there")
+        return datetime.now(UTC)  # noqa: TID251 - this is a clock
+
+
+async def test_an_account_that_breaks_begins_again_and_the_others_go_on(
+    database: str, sql: asyncpg.Connection
+) -> None:
+    """A defect ends one account's line: that is a gap, it is heard again after a rest with a new session, and
+    nobody else notices. Twice, because a line that ended once must not end for good."""
+    clock = Stumbling()
+    async with centre(accounts=3, max_interval_ms=1000) as simulator:
+        running = InProcess(settings_for(simulator, database), wall=clock, broken_s=0.05)
+        async with running.running() as listener:
+            for _ in range(2):
+                before = sessions(simulator)
+                clock.stumbles = 1
+                await simulator.play(notifications=150)
+                await until(lambda: clock.stumbles == 0)
+                await until(partial(differ, simulator, before, 1))
+                await until(lambda: all(sessions(simulator).values()) and not listener.daemon.not_ready())
+            await simulator.play(notifications=150)
+            await simulator.finish()
+            await simulator.drained()
+        (await compare(database, simulator.truth())).check()
+    broken = [login for login in simulator.accounts if "session lost" in await causes(sql, login)]
+    assert 1 <= len(broken) <= 2
+    for login in simulator.accounts:
+        assert (await causes(sql, login))[-2:] == ["", "stopped"]
+
+
+# ── Ready, and why not ────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_it_waits_for_a_database_that_is_not_there_yet(fragile: Fragile, fragile_database: str) -> None:
+    """The pages are there from the start and say why nothing is heard; with the database all begins."""
+    async with centre(accounts=1) as simulator:
+        running = InProcess(settings_for(simulator, fragile_database))
+        async with fragile.away():
+            task = asyncio.get_running_loop().create_task(running.daemon.serve())
+            await until(lambda: "the database does not answer" in " ".join(running.daemon.not_ready()))
+        await until(lambda: not running.daemon.not_ready())
+        running.daemon.stop()
+        await task
+
+
+async def test_it_can_be_stopped_while_it_waits_for_the_database(
+    fragile: Fragile, fragile_database: str
+) -> None:
+    """Nothing has begun, so nothing is waited for."""
+    async with centre(accounts=1) as simulator, fragile.away():
+        running = InProcess(settings_for(simulator, fragile_database))
+        task = asyncio.get_running_loop().create_task(running.daemon.serve())
+        await until(lambda: "the database does not answer" in " ".join(running.daemon.not_ready()))
+        running.daemon.stop()
+        async with asyncio.timeout(5):
+            await task
+
+
+async def test_ready_names_the_database_and_the_accounts_that_are_not_up(
+    fragile: Fragile, fragile_database: str
+) -> None:
+    """A reason for each thing that is not as it should be, and none when all is well again."""
+    async with centre(accounts=30, rate=2000.0) as simulator:
+        async with InProcess(settings_for(simulator, fragile_database)).running() as listener:
+            async with fragile.away():
+                await simulator.play(notifications=50)
+                await until(lambda: "the database does not answer" in listener.daemon.not_ready())
+                assert (await listener.get("/-/healthy"))[0] == 200
+            await until(listener.ready)
+            await simulator.gws._stop_listening()
+            await until(lambda: listener.daemon.not_ready()[-1:] == ["and 10 accounts more"])
+            reasons = await listener.reasons()
+            assert len(reasons) == 21
+            assert all("disconnected" in reason for reason in reasons[:-1])
+            await simulator.gws._listen()
+            await until(listener.ready)
+        assert listener.daemon.not_ready() == ["stopping"]
+        (await compare(fragile_database, simulator.truth())).check()
+
+
+# ── Stopping ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_stop_stores_what_was_heard_and_says_goodbye(database: str) -> None:
+    """In the middle of the traffic: nothing that the server let go of is missing, and no session stays."""
+    async with centre() as simulator:
+        async with InProcess(settings_for(simulator, database)).running() as listener:
+            playing = asyncio.get_running_loop().create_task(simulator.play(notifications=400))
+            await until(lambda: simulator.truth().sent > 200)
+            assert await listener.stop() < 5
+            assert simulator.listening() == 0
+            await playing
+        await simulator.finish()
+        async with InProcess(settings_for(simulator, database)).running():
+            await simulator.drained()
+        report = (await compare(database, simulator.truth())).check()
+    assert report.missing > 0
+
+
+async def test_a_stop_keeps_its_bound_when_the_database_hangs(
+    fragile: Fragile, fragile_database: str
+) -> None:
+    """What could not be stored was not acknowledged, and is in a gap at the next start."""
+    async with centre() as simulator:
+        settings = settings_for(simulator, fragile_database, limits={"stop_s": 1.0})
+        async with InProcess(settings).running() as listener:
+            await simulator.play(notifications=50)
+            await simulator.drained()
+            async with fragile.hanging(fragile_database):
+                await simulator.play(notifications=50)
+                await until(lambda: listener.backlog > 0)
+                assert await listener.stop() < 1.0 + 2.0 + 1.0
+        async with InProcess(settings).running():
+            await simulator.finish()
+            await simulator.drained()
+        (await compare(fragile_database, simulator.truth())).check()
+
+
+def short_place() -> Path:
+    """A directory whose path leaves room for a socket's name."""
+    return Path(tempfile.gettempdir()) / f"ld-{uuid.uuid4().hex[:12]}"
+
+
+async def test_a_stop_keeps_its_bound_when_nothing_answers_at_all() -> None:
+    """The network to the database is gone without a word, and so is the contact centre: the worst case."""
+    server = Embedded(short_place(), port=free_port(), settings=THROWAWAY)
+    await asyncio.to_thread(server.start)
+    try:
+        await migrate.upgrade(server.dsn)
+        async with TcpProxy(server.port or 0) as proxy, centre(accounts=2) as simulator:
+            dsn = server.tcp_dsn.replace(f":{server.port}/", f":{proxy.port}/")
+            settings = settings_for(simulator, dsn, limits={"stop_s": 1.0})
+            async with InProcess(settings).running() as listener:
+                for login in simulator.accounts:
+                    simulator.faults.arm("half_open", account=login, on="any", times=100)
+                proxy.stall(new=True)
+                assert await listener.stop() < 1.0 + 2.0 + 1.0
+    finally:
+        await asyncio.to_thread(server.destroy)
+
+
+async def test_a_stop_during_a_reload_that_hangs_is_prompt(fragile: Fragile, fragile_database: str) -> None:
+    """A reload waits for the database, and a stop does not wait for the reload."""
+    async with centre(accounts=2) as simulator:
+        one, _ = simulator.accounts
+        settings = settings_for(simulator, fragile_database, limits={"stop_s": 1.0})
+        async with InProcess(settings).running() as listener:
+            asked = asyncio.Event()
+            loop = asyncio.get_running_loop()
+
+            def fewer() -> Settings:
+                loop.call_soon_threadsafe(asked.set)
+                return settings_for(simulator, fragile_database, [one], limits={"stop_s": 1.0})
+
+            async with fragile.hanging(fragile_database):
+                listener.reread = fewer
+                listener.daemon.reload()
+                async with asyncio.timeout(5):
+                    await asked.wait()
+                assert await listener.stop() < 1.0 + 2.0 + 1.0
+
+
+async def test_a_second_stop_does_not_wait(fragile: Fragile, fragile_database: str) -> None:
+    """Whoever asks twice wants it now: the process exits with 1."""
+    async with centre(accounts=1) as simulator:
+        settings = settings_for(simulator, fragile_database, limits={"stop_s": 60.0})
+        async with InProcess(settings).running() as listener, fragile.hanging(fragile_database):
+            await simulator.play(notifications=20)
+            await until(lambda: listener.backlog > 0)
+            listener.daemon.stop()
+            with pytest.raises(SystemExit) as stopped:
+                listener.daemon.stop()
+            assert stopped.value.code == 1
+
+
+async def test_the_bundled_server_runs_as_long_as_the_daemon() -> None:
+    """With no DSN the daemon starts PostgreSQL in its data directory, makes the tables, and stops it."""
+    place = short_place()
+    async with centre(accounts=1) as simulator:
+        settings = settings_for(simulator, "postgresql://nowhere/").model_copy(
+            update={"store": Store(data_dir=place)}
+        )
+        try:
+            async with InProcess(settings).running():
+                await simulator.play(notifications=30)
+                await simulator.finish()
+                await simulator.drained()
+            with pytest.raises(OSError, match=r".*"):
+                await asyncpg.connect(Embedded(place).dsn, timeout=2)
+            server = Embedded(place)
+            await asyncio.to_thread(server.start)
+            (await compare(server.dsn, simulator.truth())).check()
+        finally:
+            server = Embedded(place)
+            await asyncio.to_thread(server.start)
+            await asyncio.to_thread(server.destroy)
