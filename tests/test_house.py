@@ -4,7 +4,10 @@ Docstrings, banned names and imports are ruff's (`pyproject.toml`); import direc
 """
 
 import re
+import subprocess
+import sys
 import tomllib
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,3 +212,24 @@ def test_documents_link_to_files_that_exist() -> None:
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "grafana" / "README.md"):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_wheel_has_what_it_needs(tmp_path: Path) -> None:
+    """`listener db upgrade` works without a checkout: the wheel carries the migrations, types and command."""
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (entry_points,) = [name for name in names if name.endswith("/entry_points.txt")]
+        assert "listener = listener.cli:main" in archive.read(entry_points).decode()
+    migrations = [path for path in (ROOT / "migrations").rglob("*") if path.suffix in {".py", ".mako"}]
+    modules = [ROOT / path for path in _python("listener")]
+    wanted = {f"listener/store/{path.relative_to(ROOT)}" for path in migrations}
+    wanted |= {str(path.relative_to(ROOT)) for path in modules} | {"listener/py.typed"}
+    assert wanted - names == set()
+    assert len(migrations) >= 3
