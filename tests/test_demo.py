@@ -204,8 +204,10 @@ def test_a_call_that_nobody_could_know_whole(script: dict[str, Any]) -> None:
 def directory(tmp_path: Path) -> Iterator[Path]:
     """A directory for a demo; its server and all its files are gone afterwards."""
     yield tmp_path / "demo"
-    if (tmp_path / "demo").exists():
-        Embedded(tmp_path / "demo" / "postgres").destroy()
+    # Where the files are is known only to a server that was started: as root they may lie elsewhere.
+    server = Embedded(tmp_path / "demo" / "postgres")
+    server.start()
+    server.destroy()
 
 
 def _command(directory: Path, *more: str) -> list[str]:
