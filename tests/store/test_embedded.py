@@ -138,10 +138,10 @@ def test_it_is_shared_and_the_last_user_stops_it(make: Make) -> None:
 def test_a_killed_starter_leaves_the_server_to_the_next_one(make: Make, place: Path) -> None:
     """`kill -9` of the daemon: the server goes on, is found, and is stopped by its new user."""
     program = (
-        "import sys, time; from pathlib import Path; from listener.store.embedded import Embedded\n"
+        "import signal, sys; from pathlib import Path; from listener.store.embedded import Embedded\n"
         "Embedded(Path(sys.argv[1]), settings={'fsync': 'off'}).start()\n"
         "print('up', flush=True)\n"
-        "time.sleep(600)"
+        "signal.pause()"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(place)], stdout=subprocess.PIPE) as starter:
         assert starter.stdout is not None

@@ -51,7 +51,7 @@ async def test_the_writer_deletes_nothing_at_all(
 ) -> None:
     """Erasure is somebody else's business."""
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
-        await as_role(sql, "listener_writer", f"DELETE FROM {table}")  # noqa: S608
+        await as_role(sql, "listener_writer", f"DELETE FROM {table}")  # noqa: S608 - names of ours
 
 
 async def test_the_journal_writes_as_the_writer(database: str, journal: Journal) -> None:
