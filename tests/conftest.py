@@ -11,8 +11,20 @@ from collections.abc import AsyncIterator, Generator
 import pytest
 
 from tests.support.database import database, empty_database, journal, postgres, sql, template
+from tests.support.peers import cometd_peer, faye_peer, node, tcp_proxy
 
-__all__ = ["database", "empty_database", "journal", "postgres", "sql", "template"]
+__all__ = [
+    "cometd_peer",
+    "database",
+    "empty_database",
+    "faye_peer",
+    "journal",
+    "node",
+    "postgres",
+    "sql",
+    "tcp_proxy",
+    "template",
+]
 
 TURNS_MAX = 10
 """Turns of the loop that a task which was just cancelled may take to end."""

@@ -365,7 +365,7 @@ class Simulator:
 
     async def _until(self, condition: Callable[[], bool], period_s: float = POLL_S) -> None:
         # Looked at now and then, so that the sending of a message need not tell anybody.
-        while not condition():  # noqa: ASYNC110
+        while not condition():  # noqa: ASYNC110 - see above
             await asyncio.sleep(period_s)
 
     def truth(self) -> Truth:

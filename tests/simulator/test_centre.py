@@ -53,7 +53,7 @@ async def test_what_is_played_is_heard(start: Start, clients: Clients) -> None:
                 await simulator.play(notifications=800)
                 await simulator.finish()
                 await simulator.drained()
-                await until(lambda: sum(len(c.data) for c in hearing) == simulator.truth().sent)  # noqa: B023
+                await until(lambda: sum(len(c.data) for c in hearing) == simulator.truth().sent)  # noqa: B023 - awaited in its turn
             truth = simulator.truth()
             assert truth.sent >= 800
             assert (truth.accepted, truth.unsubscribed, truth.undelivered) == (truth.sent, 0, 0)
