@@ -8,12 +8,12 @@ holds them to it)::
     daemon                             composition root: builds, reloads, stops
     settings | simulator               file < secrets < environment < flags; a contact centre on loopback
     pipeline | coverage | operations   JOINS: deliveries to the journal; gaps; /metrics and health
-    adapters | store | metrics         TALKS: CometD, GWS REST; REMEMBERS: SQL; every metric name, once
+    adapters | store | metrics         TALKS: CometD, GWS REST; REMEMBERS: SQL; each metric name, once
     core                               DECIDES: decode, normalise, the Bayeux session; pure
     errors                             what we say to a person
 
 A notification travels: adapters.cometd -> core.session -> coverage -> pipeline -> core.decode ->
-    adapters | store | metrics         TALKS: CometD, GWS REST; REMEMBERS: SQL; each metric name, once
+store.journal, which folds it (core.normalise) and commits -> acknowledged -> metrics; later store.history.
 """
 
 __version__ = "0.1.0"
