@@ -71,9 +71,6 @@ UPGRADES_REFUSED_MAX = 3
 """After so many refusals in a row to upgrade to a websocket, long-polling is used: some proxies pass POST and
 nothing else."""
 
-WEBSOCKET_CLOSE_S = 1.0
-"""How long a websocket's closing handshake may take; nothing depends on it."""
-
 READ_BUFFER_BYTES = 256 * 1024
 """How much of an answer may wait in the socket's reader; a burst is read in few steps."""
 
@@ -318,8 +315,6 @@ _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 """Each request has the limit that the session gives it."""
 
 _Socket = aiohttp.ClientWebSocketResponse[Literal[False]]
-
-_WEBSOCKET_TIMEOUT = aiohttp.ClientWSTimeout(ws_close=WEBSOCKET_CLOSE_S)
 
 _CONTENT_TYPE = {"Content-Type": "application/json;charset=UTF-8"}
 
@@ -657,7 +652,6 @@ class WebSocket(_Shell):
                     "ws" + self._url.removeprefix("http"),
                     headers=headers,
                     max_msg_size=self.line.endpoint.delivery_bytes_max,
-                    timeout=_WEBSOCKET_TIMEOUT,
                     decode_text=False,  # the exact bytes, also where they are no text
                 )
             except aiohttp.WSServerHandshakeError as error:

@@ -104,6 +104,8 @@ class Store:
         self.commits = commits
         self.room = asyncio.Event()
         self.room.set()
+        self.turns = itertools.cycle([0])
+        """How many turns of the event loop each `hear` takes."""
         self.breaks: Exception | None = None
         """Raised by the next `hear`."""
         self._places: set[tuple[str, int]] = set()
@@ -116,6 +118,8 @@ class Store:
         if breaks is not None:
             raise breaks
         await self.room.wait()
+        for _ in range(next(self.turns)):
+            await asyncio.sleep(0)
         for one in heard:
             place = (one.stream, one.position)
             self.doubled += place in self._places
@@ -394,6 +398,7 @@ async def test_websocket_with_acknowledgements_through_cuts(tcp_proxy: Callable[
         origin = f"http://{HOST}:{proxy.port}"
         login = GenesysClient(origin, {"Authorization": basic})
         store = Store()
+        store.turns = itertools.cycle([9, 0, 4, 0, 0])
         url = origin + "/api/v2/notifications"
         async with subscribed(url, store, login, connection_types=WEBSOCKET, login_first=True):
             proxy.cut_after(60_000, times=6)
@@ -833,10 +838,12 @@ async def test_defect_13_no_tasks_for_messages_and_few_for_a_session(kind: Kind,
 
 
 async def test_defect_14_the_order_survives_cuts(cometd_peer: CometdFactory, tcp_proxy: ProxyFactory) -> None:
-    """With the connection cut again and again inside the answers, the order is the server's."""
+    """With the connection cut again and again inside the answers, and a store that takes now longer and now
+    shorter, the order is the server's."""
     peer = await cometd_peer(**SERVER)
     proxy = await tcp_proxy(peer)
     store = Store()
+    store.turns = itertools.cycle([9, 0, 4, 0, 0])
     async with subscribed(f"http://{HOST}:{proxy.port}{peer.path}", store):
         proxy.cut_after(40_000, times=10)
         said = await says(peer, 4_000, rate_per_s=4_000, size_bytes=200)
@@ -1136,19 +1143,15 @@ async def test_a_server_that_offers_nothing_known_is_heard_over_long_polling(fay
     assert store.seqs == list(said.seqs)
 
 
-@pytest.mark.parametrize("status", [400, 403, 404, 501])
-async def test_a_websocket_that_is_refused_gives_way_to_long_polling(
-    faye_peer: FayeFactory, status: int
-) -> None:
-    """A proxy that passes POST and refuses the upgrade must not make us deaf for ever."""
-    peer = await faye_peer(**FAYE)
-    refused = 0
+@contextlib.asynccontextmanager
+async def without_upgrades(peer: Peer, status: int) -> AsyncIterator[tuple[str, list[str]]]:
+    """A proxy that passes POST and answers this status to websockets; gives its URL and who was refused."""
+    refused: list[str] = []
     async with aiohttp.ClientSession() as onward:
 
         async def pass_on(request: web.Request) -> web.Response:
-            nonlocal refused
             if request.method == "GET":
-                refused += 1
+                refused.append(request.headers["Upgrade"])
                 return web.Response(status=status)
             async with onward.post(
                 peer.url, data=await request.read(), headers={"Content-Type": "application/json"}
@@ -1157,16 +1160,39 @@ async def test_a_websocket_that_is_refused_gives_way_to_long_polling(
 
         app = web.Application()
         app.router.add_route("*", "/", pass_on)
-        store = Store()
-        types = ("websocket", "long-polling")
-        async with serving(app) as url, subscribed(url, store, connection_types=types) as line:
-            said = await says(peer, 5)
-            await store.until_heard(5)
-            assert line.session.connection_type == "long-polling"
+        async with serving(app) as url:
+            yield url, refused
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 501])
+async def test_a_websocket_that_is_refused_gives_way_to_long_polling(
+    faye_peer: FayeFactory, status: int
+) -> None:
+    """A proxy that passes POST and refuses the upgrade must not make us deaf for ever."""
+    peer = await faye_peer(**FAYE)
+    store = Store()
+    async with (
+        without_upgrades(peer, status) as (url, refused),
+        subscribed(url, store, connection_types=WEBSOCKET) as line,
+    ):
+        said = await says(peer, 5)
+        await store.until_heard(5)
+        assert line.session.connection_type == "long-polling"
     assert store.seqs == list(said.seqs)
-    assert refused == 3
-    detail = next(fact.detail for fact in store.facts if isinstance(fact, Gap))
-    assert f"HTTP {status}" in detail
+    assert refused == ["websocket"] * 3
+    assert f"HTTP {status}" in next(fact.detail for fact in store.facts if isinstance(fact, Gap))
+
+
+async def test_a_gateway_that_is_away_is_no_reason_to_leave_the_websocket(faye_peer: FayeFactory) -> None:
+    """503 says that the server is away, and nothing about websockets."""
+    peer = await faye_peer(**FAYE)
+    store = Store()
+    async with (
+        without_upgrades(peer, 503) as (url, refused),
+        listening(url, store, connection_types=WEBSOCKET) as line,
+    ):
+        await peer.until("stats", lambda stats: stats["uptime_ms"] > 100 and len(refused) >= 6)
+        assert line.session.connection_type == "websocket"
 
 
 async def test_a_server_that_is_away_is_no_reason_to_leave_the_websocket(
