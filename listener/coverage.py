@@ -7,9 +7,10 @@ all where the server kept everything for us. The `Ledger` writes what the watche
 store answers at once or later.
 
 Two things can make "observed" a lie that no fact of the session corrects, and are seen to here. A crash
-loses what was heard and not committed: so the heartbeat vouches for an account only up to the last answer
-whose messages are all durable. And while the store is slow, a session that acknowledges leaves the newer
-messages with the server: if the server forgets the session then, the gap began when we stopped taking.
+loses what was heard and not committed: so the heartbeat vouches for an account only up to when the last
+answer was asked for whose messages are all durable. And while the store is slow, a session that
+acknowledges leaves the newer messages with the server: if the server forgets the session then, the gap
+began when we stopped taking.
 
 Nothing here decides what a gap is (`listener.core.session` does), and nothing here speaks SQL or HTTP: the
 protocols below say what is needed of both.
@@ -64,11 +65,7 @@ HEARTBEAT_S = 10.0
 
 VOUCHED_GRAIN_S = 5.0
 """Heartbeats vouch for moments on this grid, so that thousands of accounts need few statements. What a crash
-leaves uncertain is at most this, the time between two heartbeats, and the time that a long poll is held."""
-
-IN_FLIGHT_BYTES_MAX = 16 * 1024 * 1024
-"""Of one account that acknowledges: what may wait for its commit while the pipeline's backlog is full. With
-more, its session waits too, cannot keep itself alive, and is lost: a recorded gap."""
+leaves uncertain is at most this, the time between two heartbeats, and that of two long polls."""
 
 QUICK_S = 0.15
 """A commit that is quicker than this was known before the session asked again; it keeps silent for longer
@@ -97,11 +94,8 @@ class Reply(Protocol):
 class Hears(Protocol):
     """Takes messages to the store: `listener.pipeline.Pipeline`."""
 
-    def take(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
-        """Calls `committed` when they are durable."""
-
     async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
-        """As `take`; returns when there is room for more."""
+        """Returns when there is room for more; calls `committed` when they are durable."""
 
 
 class CoverageJournal(Protocol):
@@ -249,15 +243,14 @@ class _Gap(Struct, frozen=True):
     """What the session calls its beginning; None for the time before the first session."""
 
 
-class _InFlight(Struct, frozen=True):
-    """A delivery that is not committed yet."""
+class _Delivery(Struct, frozen=True):
+    """Messages that the session has taken, and that are not durable yet."""
 
-    heard_at: datetime
+    at: datetime
     taken: float
     """The same on the steady clock."""
-    known_until: datetime
-    """When the answer before it came: all that was said until then was delivered before."""
-    size_bytes: int
+    known_until: datetime | None
+    """Until when everything that the server said was delivered before."""
 
 
 class Watch:
@@ -283,7 +276,6 @@ class Watch:
         turn: asyncio.Semaphore,
         since: datetime,
         cause: str = "not started",
-        in_flight_bytes_max: int = IN_FLIGHT_BYTES_MAX,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -299,7 +291,6 @@ class Watch:
         self._snapshot = snapshot
         self._snapshot_channel = snapshot_channel
         self._turn = turn
-        self._in_flight_bytes_max = in_flight_bytes_max
         self._clock = clock
         self._pause = pause
         self._log = structlog.get_logger().bind(account=name)
@@ -309,7 +300,9 @@ class Watch:
         self._subscribed_at: datetime | None = None
         self._owed = True
         self._closing: asyncio.Task[None] | None = None
-        self._in_flight: list[_InFlight] = []
+        self._announced: list[_Delivery] = []
+        self._undurable: list[_Delivery] = []
+        self._known_until: datetime | None = None
         self._answered_at: datetime | None = None
         self._slow: datetime | None = None
         self._behind_since: datetime | None = None
@@ -318,49 +311,40 @@ class Watch:
     # What was heard
 
     async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
-        """Hands messages on to the pipeline.
-
-        A session that acknowledges asks for no more before the commit, and must be kept alive meanwhile: it
-        does not wait for room in the backlog, up to a bound. Any other has no other brake.
-        """
-        at = heard[0].received_at
-        size_bytes = sum(len(one.raw) for one in heard)
-        waiting = sum(one.size_bytes for one in self._in_flight)
-        self._in_flight.append(_InFlight(at, self._clock(), self._answered_at or at, size_bytes))
+        """Hands messages on to the pipeline; their `Delivered` has been told before."""
+        delivery = self._announced.pop(0) if self._announced else None
 
         def durable() -> None:
-            # An account's deliveries are committed in their order.
-            self._slow = self._slow or self._slowest()
-            del self._in_flight[0]
+            if delivery is not None:
+                self._slow = self._slow or self._slowest()
+                self._undurable.remove(delivery)
             committed()
 
-        if self._acknowledges and waiting + size_bytes <= self._in_flight_bytes_max:
-            self._pipeline.take(heard, durable)
-        else:
-            await self._pipeline.hear(heard, durable)
+        await self._pipeline.hear(heard, durable)
 
     def answered(self, at: datetime, *, took: bool) -> None:
-        """The server answered, and what the answer brought (`took`: new messages) has been heard."""
+        """The server answered, and all facts of the answer have been told; `took`: with new messages."""
         slow, self._slow = self._slow or self._slowest(), None
         if took or slow is None:
             self._behind_since = None
         else:
             # Asked with an old acknowledgement, the answer was left with the server, whatever it held.
             self._behind_since = self._behind_since or slow
-        self._answered_at = at
+        # It was asked for after the answer before it, and holds what was said until it was asked for.
+        self._known_until, self._answered_at = self._answered_at, at
 
     def _slowest(self) -> datetime | None:
-        """When the oldest delivery was heard whose commit is not known yet, if the session asks meanwhile."""
-        if not self._acknowledges or not self._in_flight:
+        """When the oldest delivery came whose commit is not known yet, if the session asks meanwhile."""
+        if not self._acknowledges or not self._undurable:
             return None
-        oldest = self._in_flight[0]
-        return oldest.heard_at if self._clock() - oldest.taken > QUICK_S else None
+        oldest = self._undurable[0]
+        return oldest.at if self._clock() - oldest.taken > QUICK_S else None
 
     def vouched(self) -> datetime | None:
         """Until when everything that the server said is durable, whatever happens to us now."""
-        at = self._in_flight[0].known_until if self._in_flight else self._answered_at
+        at = self._undurable[0].known_until if self._undurable else self._known_until
         doubts = [doubt for doubt in (at, self._slow, self._behind_since) if doubt is not None]
-        return min(doubts, default=None)
+        return min(doubts) if at is not None else None
 
     # What the session says
 
@@ -370,6 +354,10 @@ class Watch:
             return
         match fact:
             case Delivered():
+                if fact.messages or fact.odd:
+                    delivery = _Delivery(at, self._clock(), self._known_until)
+                    self._announced.append(delivery)
+                    self._undurable.append(delivery)
                 if fact.redelivered:
                     self._observer.duplicates(fact.redelivered)
             case Handshaken():
@@ -401,6 +389,9 @@ class Watch:
 
     def broke(self, at: datetime, detail: str) -> None:
         """The session ended by a defect of ours, whatever it had in hand; another one will begin."""
+        for delivery in self._announced:
+            self._undurable.remove(delivery)
+        self._announced.clear()
         self._deaf(_Gap(self.vouched() or at, "session lost", self._clock()), detail)
 
     def end(self, at: datetime, cause: str = "stopped") -> None:
@@ -457,7 +448,7 @@ class Watch:
             asked_at=reply.asked_at,
         )
         stored = asyncio.Event()
-        self._pipeline.take([heard], stored.set)
+        await self._pipeline.hear([heard], stored.set)
         await stored.wait()
         self._closing = None
         self._owed = False

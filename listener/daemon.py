@@ -419,7 +419,6 @@ class Daemon:
             turn=self._turn,
             since=self._wall(),
             cause=cause,
-            in_flight_bytes_max=settings.limits.delivery_bytes_max,
             clock=self._clock,
         )
 

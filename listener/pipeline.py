@@ -5,9 +5,9 @@ written, so that a lone notification waits for nobody and a burst is written in 
 writers share the accounts among them; one account has one writer, so its messages stay in order.
 
 Nothing is acknowledged before its transaction has committed. While the store does not answer, batches stay
-where they are and are tried again. What was heard is always taken: its session counts it as had. The backlog
-is bounded by not asking for more: at its bound `hear` does not return, and a session that acknowledges, of
-which at most one delivery can wait, uses `take` and keeps itself alive with the old acknowledgement.
+where they are and are tried again. What was heard is always taken, since its session counts it as had; the
+backlog is bounded by not asking for more: while it is full `hear` does not return. A session that
+acknowledges keeps itself alive meanwhile, with the old acknowledgement.
 
 This module reaches the world only through the protocols that it declares.
 """
@@ -26,7 +26,7 @@ from listener.errors import StoreUnavailable
 
 BACKLOG_BYTES_MAX = 64 * 1024 * 1024
 """Raw bytes heard and not yet committed; at the bound, `hear` waits and the sessions stop asking. What is
-over it is at most what each session had been told already."""
+over it is at most one delivery of each session."""
 
 BATCH_MAX = 2000
 """Messages in one transaction: more would not be faster, and would keep its locks longer."""
@@ -100,20 +100,17 @@ class Pipeline:
         """False while the store does not answer."""
 
     async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
-        """As `take`; returns when there is room for more. Giving up the wait gives up no message."""
-        self.take(heard, committed)
-        await self._room.wait()
+        """Takes messages of one account, in order; returns when there is room for more.
 
-    def take(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
-        """Takes messages of one account, in order, whatever the backlog: refusing them would lose them.
-
-        `committed` is called on the event loop once all of them are durable.
+        They are taken at once, whatever the backlog: who gives up the wait gives up no message. `committed`
+        is called on the event loop once all of them are durable.
         """
         size_bytes = sum(len(one.raw) for one in heard)
         writer = heard[0].account % len(self._queues)
         self._queues[writer].append(_Waiting(list(heard), committed, size_bytes))
         self._count(len(heard), size_bytes)
         self._filled[writer].set()
+        await self._room.wait()
 
     async def run(self) -> None:
         """Writes until cancelled."""

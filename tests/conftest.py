@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Generator
 import pytest
 
 from tests.support.database import database, empty_database, journal, postgres, sql, template
+from tests.support.outage import fragile, fragile_database
 from tests.support.peers import cometd_peer, faye_peer, node, tcp_proxy
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "database",
     "empty_database",
     "faye_peer",
+    "fragile",
+    "fragile_database",
     "journal",
     "node",
     "postgres",

@@ -22,13 +22,10 @@ from listener.simulator.settings import SimulatorSettings
 from listener.store import migrate
 from listener.store.embedded import Embedded
 from tests.peers.proxy import TcpProxy, free_port
-from tests.support.database import THROWAWAY, database, postgres, sql, template
-from tests.support.outage import Fragile, fragile, fragile_database
+from tests.support.database import THROWAWAY
+from tests.support.outage import Fragile
 from tests.support.running import InProcess, account, settings_for, until
 from tests.support.truth import compare
-
-__all__ = ["database", "fragile", "fragile_database", "postgres", "sql", "template"]
-
 
 OPEN = "SELECT count(*) FROM call WHERE ended_at IS NULL AND settled IS NULL"
 
@@ -195,6 +192,30 @@ async def test_an_account_that_comes_back_is_no_longer_removed(
             assert row is not None
             assert tuple(row) == (number, None)
         assert [cause for cause in await causes(sql, two) if cause == ""] == ["", ""]
+
+
+async def test_an_account_that_is_back_before_its_removal_was_written_stays(
+    fragile: Fragile, fragile_database: str
+) -> None:
+    """The removal waits for the database; when the account is back, nothing of it is carried out."""
+    async with centre(accounts=2) as simulator:
+        one, two = simulator.accounts
+        both = settings_for(simulator, fragile_database)
+        async with InProcess(both).running() as listener:
+            async with fragile.hanging(fragile_database, tables="coverage"):
+                listener.settings = settings_for(simulator, fragile_database, [one])
+                listener.daemon.reload()
+                await until(lambda: not sessions(simulator)[two])
+                listener.settings = both
+                listener.daemon.reload()
+                await until(lambda: not listener.daemon._reload_wanted)
+            await until(lambda: bool(sessions(simulator)[two]) and not listener.daemon.not_ready())
+            assert listener.daemon._retiring == {}
+            connection = await asyncpg.connect(fragile_database)
+            try:
+                assert await fetched(connection, "SELECT count(*) = 2 FROM account WHERE removed_at IS NULL")
+            finally:
+                await connection.close()
 
 
 @pytest.mark.parametrize("why", ["refused", "no certificates", "a defect"])

@@ -16,9 +16,7 @@ from listener.errors import StoreUnavailable
 from listener.pipeline import RETRY_S, RETRY_S_MAX, Pipeline
 from listener.store.journal import AccountRow, Journal
 from tests.support.memory import HEARD_AT, MemoryJournal, Said, until
-from tests.support.outage import Fragile, fragile, fragile_database
-
-__all__ = ["fragile", "fragile_database"]
+from tests.support.outage import Fragile
 
 
 class Counts:

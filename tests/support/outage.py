@@ -45,12 +45,12 @@ class Fragile:
             await self.start()
 
     @asynccontextmanager
-    async def hanging(self, dsn: str) -> AsyncIterator[None]:
-        """Makes every writing transaction of a database wait without an answer for a block."""
+    async def hanging(self, dsn: str, *, tables: str = "account, coverage") -> AsyncIterator[None]:
+        """Makes every transaction that touches these tables wait without an answer for a block."""
         holder = await asyncpg.connect(dsn)
         try:
             async with holder.transaction():
-                await holder.execute("LOCK TABLE account, coverage IN ACCESS EXCLUSIVE MODE")
+                await holder.execute(f"LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE")
                 yield
         finally:
             await holder.close()
