@@ -306,35 +306,24 @@ class _Work:
 
     async def store(self, connection: Connection, streams: Sequence[Row]) -> None:
         """Write all rows, with a number of statements that does not depend on theirs."""
-        begun: list[Row] = []
-        moved: list[Row] = []
-        corrected: list[Row] = []
+        calls: list[Row] = []
         names: dict[tuple[str, int], int] = {}
         for id, call in sorted(self.calls.items()):
             was = self._before.get(id)
-            if was is None:
-                begun.append(rows.begun(call))
-            else:
-                moved.append(rows.moved(was, call))
-                if was.aliases is not call.aliases or rows.steady(was) != rows.steady(call):
-                    corrected.append((id, *rows.steady(call), rows.array(call.aliases)))
+            calls.append(rows.written(call, was))
             if was is None or was.aliases is not call.aliases:
                 # In the order of the calls' ids: an id that was used again names the newer one. An older call
                 # that learns of an id may not get it, since a newer one may have it.
                 for alias in call.aliases:
                     names[alias, call.account] = id
                     self.names[alias, call.account] = id if was is None else None
+        joined, left = self._stays()
         await rows.copy(connection, schema.notification, self._notifications)
         await rows.copy(connection, schema.change, self._changes)
         await rows.copy(connection, schema.anomaly, self._anomalies)
-        await rows.copy(connection, schema.call, begun, rows.BEGUN)
-        if moved:
-            await connection.execute(rows.MOVE_CALLS, moved)
-        if corrected:
-            await connection.execute(rows.CORRECT_CALLS, *rows.columns(corrected, 1))
-        joined, left = self._stays()
         await connection.execute(
-            rows.REST,
+            rows.WRITE,
+            calls,
             *rows.columns(streams, len(rows.STREAM)),
             *rows.columns([(*name, id) for name, id in names.items()], len(rows.NAME)),
             *rows.columns(joined, len(rows.JOINED)),

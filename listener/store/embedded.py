@@ -516,8 +516,8 @@ def _copy(package: Path, version: str) -> Path:
             fresh.rename(place)
         except OSError:  # another process was faster
             shutil.rmtree(fresh)
-    if place.stat().st_uid != 0:
-        raise StoreError(f"{place} was not made by root: remove it.")
+    if place.stat().st_uid != os.geteuid():
+        raise StoreError(f"{place} was made by somebody else: remove it.")
     return place / package.name
 
 

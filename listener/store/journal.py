@@ -73,8 +73,12 @@ class Journal:
                 "role": WRITER,
                 "application_name": "listener journal",
                 "timezone": "UTC",
-                # Arrays of any length look alike to the planner then: always by index, and planned once.
+                # Planned once for arrays of any length, and always by key: a plan that was made while a table
+                # was empty must not read it whole when it has grown.
                 "plan_cache_mode": "force_generic_plan",
+                "enable_seqscan": "off",
+                "enable_hashjoin": "off",
+                "enable_mergejoin": "off",
                 "jit": "off",
             },
         )

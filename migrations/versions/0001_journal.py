@@ -108,14 +108,31 @@ TABLES = (
     "CREATE INDEX ix_call_number ON call (reverse(number) text_pattern_ops, opened_at)",
     "CREATE INDEX ix_call_phone_number ON call (reverse(phone_number) text_pattern_ops, opened_at)",
     "CREATE INDEX ix_call_dnis ON call (reverse(dnis) text_pattern_ops, opened_at)",
-    # What a message moves on a call, as the journal hands it in: one array of these is cheaper than an array
-    # for each column. A column that comes later gets a type of its own, so that recorders of both versions
-    # can run.
+    # A call as the journal hands it in: an array of these is cheaper than an array for each column. A column
+    # that comes later gets a type of its own, so that recorders of both versions can run.
     """
-    CREATE TYPE call_moved AS (
+    CREATE TYPE call_written AS (
         id bigint,
+        account_id integer,
+        call_id text,
+        direction text,
+        opened_by text,
+        opened_at timestamptz,
+        call_uuid text,
+        conn_id text,
+        parent_call_id text,
+        call_type text,
+        phone_number text,
+        device_id text,
+        ani text,
+        dnis text,
+        number text,
         mute text,
         recording text,
+        supervisor_listening_in boolean,
+        monitored_user_muted boolean,
+        monitoring boolean,
+        supervisor_monitoring_state text,
         state text,
         ring_s double precision,
         talk_s double precision,
@@ -134,6 +151,7 @@ TABLES = (
         ended_at timestamptz,
         server_at timestamptz,
         capabilities text,
+        aliases text,
         participants json,
         user_data json
     )""",
@@ -353,6 +371,6 @@ def downgrade() -> None:
     op.execute(f"DROP VIEW {', '.join(VIEWS)}")
     op.execute("DROP FUNCTION listener_reserve_ids(bigint), listener_ensure_partitions(integer)")
     op.execute(f"DROP TABLE {', '.join(reversed(COMMENTS))}")
-    op.execute("DROP TYPE call_moved")
+    op.execute("DROP TYPE call_written")
     op.execute("DROP SEQUENCE notification_id_seq")
     op.execute("REVOKE ALL ON alembic_version FROM listener_writer, listener_auditor")

@@ -634,6 +634,20 @@ async def test_a_long_message_is_stored_whole_and_uncompressed(
     assert [row["size"] >= row["length"] for row in rows] == [True, True, False]
 
 
+async def test_no_table_is_read_whole(database: str, sql: asyncpg.Connection) -> None:
+    """Statements are planned on an empty database, and must go on by their keys when it has grown."""
+    async with await Journal.open(database) as journal:
+        await journal.register([AccountRow(f"a{n}", "", "lab") for n in range(50)])
+        lines = [Line(1 + n) for n in range(50)]
+        for turn in range(8):
+            await journal.record([entry for line in lines for entry in line.call(*LIFE, id=f"call-{turn}")])
+            await journal.record([lines[turn].snapshot()])
+
+    scans = await sql.fetch("SELECT relname, seq_scan FROM pg_stat_user_tables WHERE seq_scan > 0")
+    read_whole = {row["relname"] for row in scans} - {"alembic_version"}
+    assert not {name for name in read_whole if not name.startswith("notification_")}
+
+
 # ── a database that does not answer ───────────────────────────────────────────────────────────────────
 
 
