@@ -50,6 +50,10 @@ SNAPSHOT_REFUSED_S = 60.0
 SNAPSHOT_REFUSED_S_MAX = 3600.0
 """Between two snapshots after the login was refused: insisting locks accounts."""
 
+SETTLED_S = 0.25
+"""When a session has been silent for so long after a snapshot came, nothing that was said before it is under
+way any more: the server holds a connect, and would have answered it."""
+
 LEDGER_RETRY_S = 0.5
 LEDGER_RETRY_S_MAX = 5.0
 
@@ -276,6 +280,7 @@ class Watch:
         turn: asyncio.Semaphore,
         since: datetime,
         cause: str = "not started",
+        settled_s: float = SETTLED_S,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -291,6 +296,7 @@ class Watch:
         self._snapshot = snapshot
         self._snapshot_channel = snapshot_channel
         self._turn = turn
+        self._settled_s = settled_s
         self._clock = clock
         self._pause = pause
         self._log = structlog.get_logger().bind(account=name)
@@ -302,6 +308,7 @@ class Watch:
         self._closing: asyncio.Task[None] | None = None
         self._announced: list[_Delivery] = []
         self._undurable: list[_Delivery] = []
+        self._answers = 0
         self._known_until: datetime | None = None
         self._answered_at: datetime | None = None
         self._slow: datetime | None = None
@@ -330,6 +337,7 @@ class Watch:
         else:
             # Asked with an old acknowledgement, the answer was left with the server, whatever it held.
             self._behind_since = self._behind_since or slow
+        self._answers += 1
         # It was asked for after the answer before it, and holds what was said until it was asked for.
         self._known_until, self._answered_at = self._answered_at, at
 
@@ -437,6 +445,7 @@ class Watch:
     async def _close_gap(self, snapshot: Callable[[], Awaitable[Reply]]) -> None:
         """Stores what is live now; then nothing that happened before the subscription is in doubt."""
         reply = await self._ask(snapshot)
+        await self._caught_up()
         heard = Heard(
             account=self.account,
             stream=str(uuid.uuid4()),
@@ -479,6 +488,24 @@ class Watch:
             self.trouble = f"no snapshot of the live calls: {why}"
             await self._pause(wait_s)
             wait_s = min(wait_s * 2, most_s)
+
+    async def _caught_up(self) -> None:
+        """Waits until the session has heard everything that was said before a reply that has just come.
+
+        A snapshot that overtook messages in the session's queue would show a state first and how it came
+        about afterwards: calls that are held twice, or that begin in the middle. Heard in this order, what
+        was said since the snapshot was asked for counts, and what it knows of the other calls.
+        """
+        before = self._answers
+        while True:
+            seen = self._answers
+            await self._pause(self._settled_s)
+            behind = self._slow or self._behind_since or self._announced
+            # The second answer was asked for after the reply had come.
+            if self._answers >= before + 2 and not behind:
+                return
+            if self._answers == seen and not self._undurable:
+                return
 
     def _found(self, at: datetime) -> None:
         """Observed from `at` on."""

@@ -33,6 +33,7 @@ from listener.coverage import (
     HEARTBEAT_S,
     LEDGER_RETRY_S,
     LEDGER_RETRY_S_MAX,
+    SETTLED_S,
     SNAPSHOT_RETRY_S,
     SNAPSHOT_RETRY_S_MAX,
     SNAPSHOTS_AT_ONCE_MAX,
@@ -153,7 +154,7 @@ class Stage:
         self.work: list[asyncio.Task[None]] = []
         self._sql = sql
 
-    def watch(self, account: int = 1, *, rest: bool = True) -> "Driven":
+    def watch(self, account: int = 1, *, rest: bool = True, settled_s: float = 0.0) -> "Driven":
         """A watch over an account, whose facts the test tells."""
         return Driven(
             self,
@@ -167,6 +168,7 @@ class Stage:
                 snapshot=self.rest.snapshot if rest else None,
                 turn=self.turn,
                 since=self.clock.wall(),
+                settled_s=settled_s,
                 clock=self.clock.steady,
                 pause=self.clock.pause,
             ),
@@ -526,6 +528,68 @@ async def test_the_server_repeating_messages_is_counted(stage: Stage) -> None:
     one.tell(Delivered(3, [], redelivered=2))
     assert stage.counts.repeated == 2
     assert await stage.rows() == [Row(0, None, "")]
+
+
+async def stored_in_order(stage: Stage) -> list[str]:
+    """Where what is stored came from, in the order of its ids."""
+    return [row[0] for row in await stage._sql.fetch("SELECT source FROM notification ORDER BY id")]
+
+
+async def test_a_snapshot_is_heard_after_what_was_said_before_it(stage: Stage) -> None:
+    """Messages that waited in the session's queue while the snapshot was asked for come first, else the calls
+    would seem to begin with what the snapshot knows already."""
+    one = stage.watch(settled_s=SETTLED_S)
+    one.tell(SHAKEN, Subscribed())
+    await turns()
+    await stage.clock.advance(SETTLED_S / 2)
+    await one.hear(2)
+    one.answered(took=True)
+    await stage.settled()
+    assert await stored_in_order(stage) == ["cometd", "cometd"]
+    await stage.clock.advance(SETTLED_S)
+    assert await stored_in_order(stage) == ["cometd", "cometd"], "the queue may not be empty yet"
+    await stage.clock.advance(SETTLED_S)
+    await until(lambda: one.watch.state == "up")
+    assert await stored_in_order(stage) == ["cometd", "cometd", "snapshot"]
+    assert await stage.rows() == [Row(0, None, "")]
+
+
+async def test_a_snapshot_does_not_wait_for_a_silence_that_never_comes(stage: Stage) -> None:
+    """Under load the second answer after the snapshot was asked for when it had come already."""
+    one = stage.watch(settled_s=SETTLED_S)
+    one.tell(SHAKEN, Subscribed())
+    await turns()
+    for _ in range(2):
+        await stage.clock.advance(SETTLED_S / 3)
+        await one.hear(1)
+        one.answered(took=True)
+        await stage.settled()
+    await stage.clock.advance(SETTLED_S / 3)
+    await until(lambda: one.watch.state == "up")
+    assert await stored_in_order(stage) == ["cometd", "cometd", "snapshot"]
+
+
+async def test_a_snapshot_waits_for_what_the_store_has_not_taken_yet(stage: Stage, database: str) -> None:
+    """While a delivery is not durable, its session leaves what is newer with the server: silence says
+    nothing then."""
+    one = stage.watch(settled_s=SETTLED_S)
+    async with held(database):
+        one.tell(SHAKEN, Subscribed())
+        await turns()
+        await one.hear(1)
+        one.answered(took=True)
+        for _ in range(8):
+            await stage.clock.advance(SETTLED_S)
+            one.answered()
+        assert stage.pipeline.backlog_notifications == 1
+    await stage.settled()
+    await one.hear(1)
+    one.answered(took=True)
+    await stage.settled()
+    for _ in range(3):
+        await stage.clock.advance(SETTLED_S)
+    await until(lambda: one.watch.state == "up")
+    assert await stored_in_order(stage) == ["cometd", "cometd", "snapshot"]
 
 
 async def test_snapshots_take_turns(stage: Stage) -> None:

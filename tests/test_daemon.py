@@ -1,8 +1,6 @@
 """The daemon in this process, against the simulated contact centre and a real PostgreSQL."""
 
 import asyncio
-import tempfile
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -24,7 +22,7 @@ from listener.store.embedded import Embedded
 from tests.peers.proxy import TcpProxy, free_port
 from tests.support.database import THROWAWAY
 from tests.support.outage import Fragile
-from tests.support.running import InProcess, account, settings_for, until
+from tests.support.running import InProcess, account, settings_for, short_place, until
 from tests.support.truth import compare
 
 OPEN = "SELECT count(*) FROM call WHERE ended_at IS NULL AND settled IS NULL"
@@ -450,11 +448,6 @@ async def test_a_stop_keeps_its_bound_when_the_database_hangs(
             await simulator.finish()
             await simulator.drained()
         (await compare(fragile_database, simulator.truth())).check()
-
-
-def short_place() -> Path:
-    """A directory whose path leaves room for a socket's name."""
-    return Path(tempfile.gettempdir()) / f"ld-{uuid.uuid4().hex[:12]}"
 
 
 async def test_a_stop_keeps_its_bound_when_nothing_answers_at_all() -> None:

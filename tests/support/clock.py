@@ -33,6 +33,9 @@ class Clock:
     async def pause(self, seconds: float) -> None:
         """Sleeps until the clock has been moved so far."""
         self.pauses_s.append(seconds)
+        if seconds <= 0:
+            await asyncio.sleep(0)
+            return
         until: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._sleepers, (self.passed_s + seconds, next(self._number), until))
         await until

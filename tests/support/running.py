@@ -9,10 +9,12 @@ import json
 import os
 import signal
 import sys
+import tempfile
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 from pydantic import SecretStr
@@ -145,18 +147,31 @@ class InProcess(_Pages):
         return asyncio.get_running_loop().time() - began
 
 
-def configuration(
-    simulator: Simulator, store: str, logins: Iterable[str] | None = None, *, environment: str = ""
-) -> str:
-    """A listener.toml for accounts of the simulator; `store` is the line of the [store] section."""
-    accounts = "".join(
-        f'[[accounts]]\nenvironment = "lab"\nlogin = "{login}"\npassword = "simulated"\n'
-        for login in (logins or simulator.accounts)
-    )
-    return (
-        f"[store]\n{store}\n[operations]\nport = 0\n"
-        f'[environments.lab]\nbase_url = "{simulator.url}"\n{environment}\n{accounts}'
-    )
+def configuration(store: str, *centres: "Centre", limits: str = "") -> str:
+    """A listener.toml for all accounts of these centres; `store` is the line of the [store] section."""
+    parts = [f"[store]\n{store}\n[operations]\nport = 0\n[limits]\n{limits}\n"]
+    for centre in centres:
+        base_url = centre.simulator.url
+        parts.append(f'[environments.{centre.name}]\nbase_url = "{base_url}"\n{centre.options}\n')
+        parts += [
+            f'[[accounts]]\nenvironment = "{centre.name}"\nlogin = "{login}"\n'
+            f'name = "{centre.account(login)}"\npassword = "simulated"\n'
+            for login in centre.simulator.accounts
+        ]
+    return "".join(parts)
+
+
+class Centre(NamedTuple):
+    """A simulated contact centre as one environment of a configuration."""
+
+    name: str
+    simulator: Simulator
+    options: str = ""
+    """Further lines of its section."""
+
+    def account(self, login: str) -> str:
+        """How the listener calls an account of this centre."""
+        return f"{self.name}-{login}"
 
 
 class Child(_Pages):
@@ -228,6 +243,11 @@ class Child(_Pages):
             self.signal(signal.SIGTERM)
         async with asyncio.timeout(STOP_s):
             return await self.process.wait()
+
+
+def short_place() -> Path:
+    """A directory whose path leaves room for a socket's name."""
+    return Path(tempfile.gettempdir()) / f"ld-{uuid.uuid4().hex[:12]}"
 
 
 @asynccontextmanager

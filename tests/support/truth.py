@@ -5,7 +5,7 @@ stored; nothing is stored twice or out of order; what is missing lies inside a r
 heard whole is as its script had it, and one that was not is at least no longer open once it has ended.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -56,16 +56,19 @@ class Report(NamedTuple):
         return self
 
 
-async def compare(dsn: str, truth: Truth, *, acknowledged: bool = True) -> Report:
+async def compare(
+    dsn: str, truth: Truth, *, acknowledged: bool = True, name: Callable[[str], str] = str
+) -> Report:
     """The truth beside the database. `acknowledged` says whether sessions acknowledged: then what the server
-    let go of must be stored; without, only a gap says that something may be missing."""
+    let go of must be stored; without, only a gap says that something may be missing. `name` gives the
+    listener's name of an account for its login."""
     connection = await asyncpg.connect(dsn)
     try:
         ids = {row[0]: row[1] for row in await connection.fetch("SELECT name, id FROM account")}
         wrong: list[str] = []
         stored_total = missing_total = calls = inferred = 0
         for login, account in truth.accounts.items():
-            number = ids.get(login, 0)
+            number = ids.get(name(login), 0)
             stored = await _stored(connection, number)
             gaps = await _gaps(connection, number)
             lost = _missing(login, account, stored, gaps, wrong, acknowledged=acknowledged)
@@ -74,12 +77,15 @@ async def compare(dsn: str, truth: Truth, *, acknowledged: bool = True) -> Repor
             scripts = [call for call in truth.calls if call.account == login]
             found = await _calls(connection, number)
             partly = {id(message.truth) for message in lost}
+            snapshots = await connection.fetchval(
+                "SELECT count(*) FROM notification WHERE account_id = $1 AND source = 'snapshot'", number
+            )
             for script in scripts:
                 if id(script) in partly or script.accepted < script.notifications:
                     inferred += _ended(script, found, wrong)
                 elif script.finished:
                     calls += 1
-                    wrong += _differences(script, found)
+                    wrong += _differences(script, found, snapshots)
         return Report(wrong, truth.sent, stored_total, missing_total, calls, inferred)
     finally:
         await connection.close()
@@ -118,29 +124,56 @@ def _missing(
 ) -> list[Message]:
     """The messages that are not stored; what breaks a promise is added to `wrong`."""
     assert truth.messages is not None, "the simulator must remember what it sent"
-    lost: list[Message] = []
+    messages = truth.messages
+    runs: list[tuple[int, int, int]] = []
     at = 0
-    for message in truth.messages:
-        if at < len(stored) and stored[at].raw == message.raw:
+    for index, message in enumerate(messages):
+        if message.accepted and at < len(stored) and stored[at].raw == message.raw:
             at += 1
-            continue
-        lost.append(message)
-        before = stored[at - 1].received_at if at else None
-        after = stored[at].received_at if at < len(stored) else None
-        if acknowledged and message.delivered:
-            wrong.append(f"{login}: message {message.position} was acknowledged and is not stored")
-        elif not any(_explains(gap, before, after) for gap in gaps):
-            wrong.append(
-                f"{login}: message {message.position}, said between what came at {before} and {after}, is not"
-                f" stored, and no gap explains it: {[tuple(map(str, gap)) for gap in gaps]}"
-            )
+        elif runs and runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], index + 1, at)
+        else:
+            runs.append((index, index + 1, at))
     if at < len(stored):
         extra = len(stored) - at
         wrong.append(
             f"{login}: {extra} stored messages were never sent, or twice, or in another order; the first: "
             f"{stored[at].raw[:300]!r} at {stored[at].received_at}"
         )
+    lost: list[Message] = []
+    for start, end, place in runs:
+        while True:
+            found = _unexplained(login, messages[start:end], stored, place, gaps, acknowledged=acknowledged)
+            if not found or not start or messages[start - 1].raw != messages[end - 1].raw:
+                break
+            # Equal bytes: it may as well be the later one that is stored.
+            start, end, place = start - 1, end - 1, place - 1
+        wrong += found
+        lost += messages[start:end]
     return lost
+
+
+def _unexplained(
+    login: str,
+    missing: Sequence[Message],
+    stored: Sequence[Stored],
+    place: int,
+    gaps: Sequence[Covered],
+    *,
+    acknowledged: bool,
+) -> list[str]:
+    """What is wrong about messages that are missing before the stored one at `place`."""
+    let_go = [message.position for message in missing if acknowledged and message.delivered]
+    found = [f"{login}: messages {let_go} were acknowledged and are not stored"] if let_go else []
+    before = stored[place - 1].received_at if place else None
+    after = stored[place].received_at if place < len(stored) else None
+    if not any(_explains(gap, before, after) for gap in gaps):
+        found.append(
+            f"{login}: messages {missing[0].position} to {missing[-1].position}, said between what came at"
+            f" {before} and {after}, are not stored, and no gap explains it: "
+            f"{[(str(gap.since), str(gap.until), gap.cause) for gap in gaps]}"
+        )
+    return found
 
 
 def _explains(gap: Covered, before: datetime | None, after: datetime | None) -> bool:
@@ -150,15 +183,20 @@ def _explains(gap: Covered, before: datetime | None, after: datetime | None) -> 
     )
 
 
-def _differences(script: CallTruth, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is otherwise than the script of a call that was heard whole."""
+def _differences(script: CallTruth, found: Mapping[str, Mapping[str, Any]], snapshots: int) -> list[str]:
+    """What is otherwise than the script of a call that was heard whole.
+
+    A snapshot that lists it, and that is newer than what was heard of it, counts as a message about it.
+    """
     title = f"{script.account}: call {script.call_id} ({script.script}, {script.dialect})"
     call = found.get(script.call_id)
     if call is None:
         return [f"{title} is not there"]
     parties = msgspec.json.decode(call["participants"])
+    counted = call["notifications"]
+    more = range(script.notifications, script.notifications + 1 + snapshots)
     pairs = {
-        "notifications": (script.notifications, call["notifications"]),
+        "notifications": (script.notifications, script.notifications if counted in more else counted),
         "state": (script.final_state, call["state"]),
         "outcome": (script.outcome, call["outcome"]),
         "direction": (script.direction, call["direction"]),

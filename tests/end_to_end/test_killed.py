@@ -1,0 +1,161 @@
+"""`listener run` under load, killed and started again: the first three promises, as one would break them."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+
+import asyncpg
+import pytest
+
+from listener.simulator.centre import Simulator
+from listener.simulator.scripts import Dialect
+from listener.simulator.settings import SimulatorSettings
+from listener.store.embedded import Embedded
+from tests.support.running import Centre, child, configuration, short_place, until
+from tests.support.truth import compare
+
+RATE = 600.0
+KILLED_AFTER = range(150, 600)
+"""How many messages after a start it is killed: within the first second under load."""
+
+
+@asynccontextmanager
+async def played(simulator: Simulator) -> AsyncIterator[None]:
+    """The centre plays all the time during the block; after it every call comes to its end."""
+    stop = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        playing = tasks.create_task(simulator.play(stop=stop))
+        yield
+        stop.set()
+        await playing
+    await simulator.finish()
+    await simulator.drained()
+
+
+def sent(simulator: Simulator) -> int:
+    """Messages sent so far."""
+    return int(simulator.stats()["sent"])
+
+
+async def stretches(dsn: str) -> dict[str, list[str]]:
+    """The causes of each account's coverage that lasted any time, in order; "" is observed."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        rows = await connection.fetch(
+            "SELECT a.name, c.cause, c.since, c.until, lag(c.until) OVER account AS before"
+            " FROM coverage c JOIN account a ON a.id = c.account_id"
+            " WINDOW account AS (PARTITION BY a.id ORDER BY c.since, c.id)"
+        )
+    finally:
+        await connection.close()
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        assert row["before"] in (None, row["since"]), f"a moment without a row: {dict(row)}"
+        if row["since"] != row["until"]:
+            found.setdefault(row["name"], []).append(row["cause"])
+    return found
+
+
+@pytest.mark.parametrize(("how", "kills"), [("acknowledged", 4), ("not acknowledged", 2), ("websocket", 2)])
+async def test_a_kill_loses_nothing_that_was_acknowledged(
+    database: str, tmp_path: Path, how: str, kills: int
+) -> None:
+    """`kill -9` at moments drawn from a seed, while all dialects are spoken, and a start after each: what the
+    server let go of is stored, nothing is stored twice, what is missing lies in a gap, and every call has
+    ended. SIGTERM at last: exit code 0, and the coverage says "stopped"."""
+    dice = Random(how)
+    settings = SimulatorSettings(
+        accounts=8, rate=RATE, max_interval_ms=1500, ack=how != "not acknowledged", seed=kills
+    )
+    async with Simulator(settings) as simulator:
+        centre = Centre("lab", simulator, "websocket = true" if how == "websocket" else "")
+        config = tmp_path / "listener.toml"
+        config.write_text(configuration(f'dsn = "{database}"', centre))
+        async with child(config) as listener:
+            async with played(simulator):
+                for _ in range(kills):
+                    reached = sent(simulator) + dice.choice(KILLED_AFTER)
+                    await until(lambda reached=reached: sent(simulator) >= reached)
+                    await listener.kill()
+                    await listener.start()
+            assert await listener.reasons() == []
+            assert await listener.stop() == 0
+            assert listener.said()[-1]["event"] == "stopped"
+        truth = simulator.truth()
+    acknowledged = how != "not acknowledged"
+    report = (await compare(database, truth, acknowledged=acknowledged, name=centre.account)).check()
+    assert report.missing > 0
+    assert report.stored > report.sent / 4
+    assert report.calls > 0
+    assert report.inferred > 0
+    assert {each.dialect for each in truth.accounts.values()} == set(Dialect)
+    for account, causes in (await stretches(database)).items():
+        assert causes[:-1] == ["not started", ""] * (1 + kills), account
+        assert causes[-1] == "stopped"
+
+
+async def test_a_power_cut_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    """With the bundled PostgreSQL in the data directory: first the listener is killed and finds the server
+    still running, then both are; the last one to stop stops the server."""
+    place = short_place()
+    dice = Random(1)
+    settings = SimulatorSettings(accounts=4, rate=RATE, max_interval_ms=1500)
+    try:
+        async with Simulator(settings) as simulator:
+            centre = Centre("lab", simulator)
+            config = tmp_path / "listener.toml"
+            config.write_text(configuration(f'data_dir = "{place}"', centre))
+            async with child(config) as listener:
+                async with played(simulator):
+                    for power_cut in (False, True):
+                        reached = sent(simulator) + dice.choice(KILLED_AFTER)
+                        await until(lambda reached=reached: sent(simulator) >= reached)
+                        await listener.kill()
+                        if power_cut:
+                            kill_postgres(place)
+                        await listener.start()
+                assert await listener.stop() == 0
+            truth = simulator.truth()
+        assert not (place / "data" / "postmaster.pid").exists()
+        server = Embedded(place)
+        await asyncio.to_thread(server.start)
+        (await compare(server.dsn, truth, name=centre.account)).check()
+    finally:
+        server = Embedded(place)
+        await asyncio.to_thread(server.start)
+        await asyncio.to_thread(server.destroy)
+
+
+def kill_postgres(place: Path) -> None:
+    """Kills the bundled server as a power cut would: nothing is written any more."""
+    pid = int((place / "data" / "postmaster.pid").read_text().split()[0])
+    os.kill(pid, signal.SIGKILL)
+
+
+async def test_a_child_is_reloaded_and_says_everything_in_json(database: str, tmp_path: Path) -> None:
+    """SIGHUP makes the process follow its file; each line that it writes is an object, and none a secret."""
+    async with Simulator(SimulatorSettings(accounts=2, rate=RATE)) as simulator:
+        centre = Centre("lab", simulator)
+        config = tmp_path / "listener.toml"
+        whole = configuration(f'dsn = "{database}"', centre)
+        first, _, second = whole.rpartition("[[accounts]]")
+        config.write_text(first)
+        async with child(config) as listener:
+            assert await listener.metric("listener_accounts") == 1
+            config.write_text(whole)
+            listener.signal(signal.SIGHUP)
+            await until(lambda: simulator.listening() == 2)
+            config.write_text(whole.replace("password", "pasword"))
+            listener.signal(signal.SIGHUP)
+            await until(lambda: any("not reloaded" in line["event"] for line in listener.said()))
+            assert await listener.metric("listener_accounts") == 2
+            await until(listener.ready)
+            assert await listener.stop() == 0
+        text = listener.log.read_text()
+        assert len(listener.said()) == len(text.splitlines())
+        assert "simulated" not in text
+        assert second
