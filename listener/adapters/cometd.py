@@ -67,6 +67,9 @@ OUTBOX_BYTES_MAX = DELIVERY_BYTES_MAX
 """Heard and not yet taken by who hears. With acknowledgements that is one delivery, unless one session after
 another is lost while the store is away: at this bound the line waits, and the server's own bound decides."""
 
+COURIER_RESTS_S = 1.0
+"""How long a courier waits for more before it is let go."""
+
 UPGRADES_REFUSED_MAX = 3
 """After so many refusals in a row to upgrade to a websocket, long-polling is used: some proxies pass POST and
 nothing else."""
@@ -115,6 +118,32 @@ class Endpoint(msgspec.Struct, frozen=True):
     delivery_bytes_max: int = DELIVERY_BYTES_MAX
 
 
+class _Bell:
+    """What `asyncio.Event` is, for one who waits, at a tenth of its memory: thousands of lines rest."""
+
+    __slots__ = ("_rung", "_sleeper")
+
+    def __init__(self) -> None:
+        self._rung = False
+        self._sleeper: asyncio.Future[None] | None = None
+
+    def ring(self) -> None:
+        """Ends the wait, or the next one."""
+        self._rung = True
+        if self._sleeper is not None and not self._sleeper.done():
+            self._sleeper.set_result(None)
+
+    def hush(self) -> None:
+        """The next wait is one."""
+        self._rung = False
+
+    async def wait(self) -> None:
+        """Returns when it has been rung since it was hushed."""
+        if not self._rung:
+            self._sleeper = asyncio.get_running_loop().create_future()
+            await self._sleeper
+
+
 class Line(Extension):
     """One account's connection. `run` it until it is cancelled.
 
@@ -143,42 +172,48 @@ class Line(Extension):
         self.clock = clock
         self.wall = wall
         self.session = Session(now=clock(), jitter=jitter, limits=limits)
-        self.wake = asyncio.Event()
+        self.wake = _Bell()
         self.stream = str(uuid.uuid4())
         self._odd_position = 0
         self._http: aiohttp.ClientSession | None = None
         self._transport: _Shell | None = None
         self._outbox: list[tuple[list[Heard], Callable[[], None], int]] = []
         self._outbox_bytes = 0
-        self._posted: asyncio.Future[None] | None = None
-        self._emptied: asyncio.Future[None] | None = None
+        self._courier: asyncio.Task[None] | None = None
+        self.broken: Exception | None = None
+        """What who hears raised; it ends `run`."""
+        self._posted = _Bell()
+        self._emptied = _Bell()
         if endpoint.login_first:
             self.session.login_first()
 
     async def run(self) -> None:
         """Connects, subscribes and hears until cancelled; never raises for what a server does.
 
-        When cancelled it hands over what was heard and says goodbye, both within the bound of a request.
-        A bug, of ours or of who hears, ends it with an `ExceptionGroup` and as a gap; it may be run again.
+        When cancelled it hands over what was heard and says goodbye, both within the bound of a request. A
+        bug, of ours or of who hears, ends it with that exception and as a gap; it may be run again.
         """
         self._outbox.clear()
         self._outbox_bytes = 0
+        self.broken = None
         try:
-            async with asyncio.TaskGroup() as tasks:
-                courier = tasks.create_task(self._carry())
-                try:
-                    await self._listen()
-                except asyncio.CancelledError:
-                    if not courier.done():  # else it is what broke
-                        await self._leave()
-                    raise
-                finally:
-                    courier.cancel()
-                    if self._transport is not None:
-                        await self._transport.close()
+            await self._listen()
+        except asyncio.CancelledError:
+            try:
+                await self._leave()
+            except Exception:  # noqa: BLE001 - who stops us must not take it for our not having stopped
+                structlog.get_logger().exception("a line broke while it stopped", account=self.account)
+            raise
         except Exception as error:
             await self.tell(self.session.abandon("session lost", f"the line broke: {error!r}", self.clock()))
             raise
+        finally:
+            courier = self._courier
+            if courier is not None:
+                courier.cancel()
+                await asyncio.wait({courier})
+            if self._transport is not None:
+                await self._transport.close()
 
     async def _listen(self) -> None:
         """Hears for ever, by the transport that works."""
@@ -214,7 +249,7 @@ class Line(Extension):
             async with asyncio.timeout(self.session.limits.request_s):
                 await self._transport.halt()
                 await self._outbox_empty()
-                if self.goodbye:
+                if self.goodbye and self.broken is None:
                     await self._transport.disconnect()
 
     async def outgoing(self, payload: list[dict[str, Any]], headers: dict[str, str]) -> None:
@@ -273,7 +308,7 @@ class Line(Extension):
         def committed() -> None:
             if self.stream == stream:
                 self.session.committed(last)
-                self.wake.set()
+                self.wake.ring()
 
         if heard or odd:
             await self._post([*heard, *odd], committed)
@@ -283,32 +318,40 @@ class Line(Extension):
         size_bytes = sum(len(one.raw) for one in heard)
         self._outbox.append((heard, committed, size_bytes))
         self._outbox_bytes += size_bytes
-        if self._posted is not None and not self._posted.done():
-            self._posted.set_result(None)
+        if self._courier is None:
+            # A task that is held, here; and none for an idle line, of which there are thousands.
+            self._courier = asyncio.get_running_loop().create_task(self._carry())
+        self._posted.ring()
         if not self.session.ack or self._outbox_bytes > OUTBOX_BYTES_MAX:
             await self._outbox_empty()
 
     async def _carry(self) -> None:
-        """The courier: takes what is in the outbox to who hears, in order, for ever."""
-        # Bare futures: thousands of couriers rest most of the time, and an Event costs ten times as much.
+        """The courier: takes what is in the outbox to who hears, in order, until nothing more comes."""
         loop = asyncio.get_running_loop()
-        while True:
+        try:
             while self._outbox:
                 heard, committed, size_bytes = self._outbox[0]
                 await self.hearing.hear(heard, committed)
                 self._outbox.pop(0)
                 self._outbox_bytes -= size_bytes
-            if self._emptied is not None and not self._emptied.done():
-                self._emptied.set_result(None)
-            self._posted = loop.create_future()
-            await self._posted
+                if not self._outbox:
+                    self._emptied.ring()
+                    self._posted.hush()
+                    alarm = loop.call_later(COURIER_RESTS_S, self._posted.ring)
+                    await self._posted.wait()
+                    alarm.cancel()
+        except Exception as error:  # noqa: BLE001 - handed on: the loop raises it
+            self.broken = error
+            self.wake.ring()
+        finally:
+            self._courier = None
+            self._emptied.ring()
 
     async def _outbox_empty(self) -> None:
-        """Returns when everything that was heard has been handed over."""
-        while self._outbox:
-            if self._emptied is None or self._emptied.done():
-                self._emptied = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._emptied)
+        """Returns when everything that was heard has been handed over, or cannot be."""
+        while self._outbox and self.broken is None:
+            self._emptied.hush()
+            await self._emptied.wait()
 
 
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
@@ -451,7 +494,7 @@ class _Shell(Transport):
         """Asks for `channel` from now on. What the server answers is a fact like any other: a refusal is
         told, and tried again, so it is no error here."""
         self.line.session.want(channel)
-        self.line.wake.set()
+        self.line.wake.ring()
         return {"channel": "/meta/subscribe", "successful": True, "subscription": channel}
 
     async def unsubscribe(self, channel: str) -> dict[str, Any]:
@@ -467,9 +510,10 @@ class _Shell(Transport):
         """Waits for the loop, which ends only by being cancelled; raises what broke it, a bug of ours."""
         task = self._loop_task
         if task is not None:
-            await asyncio.wait({task})
-            self._loop_task = None
-            task.result()
+            try:
+                await task
+            finally:
+                self._loop_task = None
 
     async def disconnect(self) -> None:
         """Stops hearing and says goodbye, within the bound of a request."""
@@ -501,7 +545,9 @@ class _Shell(Transport):
         line = self.line
         session = line.session
         while not done():
-            line.wake.clear()
+            line.wake.hush()
+            if line.broken is not None:
+                raise line.broken
             match session.next(line.clock()):
                 case Send() as send:
                     await self._attempt(send)
