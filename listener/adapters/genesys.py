@@ -26,6 +26,9 @@ REQUEST_S = 10.0
 REPLY_BYTES_MAX = 16 * 1024 * 1024
 """The largest REST reply that is read; the live calls of one account are far smaller."""
 
+SAID_BYTES_MAX = 200
+"""How much of a reply is quoted in an error message."""
+
 
 class Reply(msgspec.Struct, frozen=True):
     """A REST reply as it came, and when it was asked for and received."""
@@ -35,12 +38,36 @@ class Reply(msgspec.Struct, frozen=True):
     raw: bytes
 
 
+class _Answer(msgspec.Struct, frozen=True):
+    """What a request brought; `location` is where a redirect leads."""
+
+    status: int
+    body: bytes
+    location: str
+
+    @property
+    def said(self) -> str:
+        """In one line, for an error message."""
+        text = self.body[:SAID_BYTES_MAX].decode("utf-8", "replace").replace("\n", " ").strip()
+        return f"HTTP {self.status} {text}".strip()
+
+    @property
+    def status_code(self) -> int | None:
+        """GWS' own statusCode, inside the body; None if there is none."""
+        try:
+            fields = msgspec.json.decode(self.body)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            return None
+        code = fields.get("statusCode") if isinstance(fields, dict) else None
+        return code if isinstance(code, int) else None
+
+
 class GenesysClient:
     """One account at one GWS. Satisfies `adapters.cometd.Credentials`; keeps no connection between requests.
 
     `base_url` is the server without a path, `headers` what logs the account in (Authorization: Basic or
     Bearer, or what a gateway wants), `me_path` the resource that begins the HTTP session, `snapshot_path` the
-    one that lists the live calls. `wall` is the time of day.
+    one that lists the live calls. A request may take `request_s`. `wall` is the time of day.
     """
 
     def __init__(
@@ -52,6 +79,7 @@ class GenesysClient:
         start_session: bool = False,
         me_path: str = "/api/v2/me",
         snapshot_path: str = "/api/v2/me/calls?fields=*",
+        request_s: float = REQUEST_S,
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),  # noqa: TID251 - a shell's default
     ) -> None:
         self._base_url = base_url.rstrip("/")
@@ -60,6 +88,7 @@ class GenesysClient:
         self._start_session = start_session
         self._me_path = me_path
         self.snapshot_path = snapshot_path
+        self._request_s = request_s
         self._wall = wall
         self._csrf: dict[str, str] = {}
         self._jar = aiohttp.CookieJar(unsafe=True)  # also for hosts that are IP addresses
@@ -79,20 +108,26 @@ class GenesysClient:
         Raises `LoginRefused` if the credentials are wrong, `RemoteUnavailable` if trying again may help.
         """
         self._csrf = {}
-        status, body = await self._request("GET", self._me_path)
-        if status in (401, 403):
-            raise LoginRefused(f"{self._base_url} refused the login: {_said(status, body)}")
-        if status != 200:
-            raise RemoteUnavailable(f"{self._base_url}{self._me_path}: {_said(status, body)}")
+        answer = await self._request("GET", self._me_path)
+        if answer.status in (401, 403):
+            raise LoginRefused(
+                f"{self._base_url} refused the login: {answer.said}; "
+                "check the account's login and password (or token), then reload"
+            )
+        if answer.status != 200:
+            raise self._unavailable(self._me_path, answer)
         if self._start_session:
             await self._start_contact_center_session()
 
     async def _start_contact_center_session(self) -> None:
         message = {"operationName": "StartContactCenterSession", "channels": ["voice"]}
-        status, body = await self._request("POST", self._me_path, message)
-        # statusCode 7 is partial success: some channels were started, the call channel among them or not.
-        if status != 200 or _status_code(body) not in (0, 7):
-            raise RemoteUnavailable(f"StartContactCenterSession: {_said(status, body)}")
+        answer = await self._request("POST", self._me_path, message)
+        # statusCode 7 is partial success: some channel did not start, and what can be heard is heard.
+        if answer.status != 200 or answer.status_code not in (0, 7):
+            raise RemoteUnavailable(
+                f"{self._base_url}: StartContactCenterSession: {answer.said}; "
+                "it is tried again: see whether the agent may log in, or listen without logging it in"
+            )
 
     async def snapshot(self) -> Reply:
         """The live calls as GWS lists them now, exactly as it answered.
@@ -100,16 +135,28 @@ class GenesysClient:
         Logs in anew if the session has expired. Raises `LoginRefused` or `RemoteUnavailable`.
         """
         asked_at = self._wall()
-        status, body = await self._request("GET", self.snapshot_path)
-        if status in (401, 403):
+        answer = await self._request("GET", self.snapshot_path)
+        if answer.status in (401, 403):
             await self.login()
             asked_at = self._wall()
-            status, body = await self._request("GET", self.snapshot_path)
-        if status != 200:
-            raise RemoteUnavailable(f"{self._base_url}{self.snapshot_path}: {_said(status, body)}")
-        return Reply(asked_at, self._wall(), body)
+            answer = await self._request("GET", self.snapshot_path)
+        if answer.status != 200:
+            raise self._unavailable(self.snapshot_path, answer)
+        return Reply(asked_at, self._wall(), answer.body)
 
-    async def _request(self, method: str, path: str, message: Any = None) -> tuple[int, bytes]:
+    def _unavailable(self, path: str, answer: _Answer) -> RemoteUnavailable:
+        """What a status other than 200 means, and what to do."""
+        url = self._base_url + path
+        if 300 <= answer.status < 400:
+            return RemoteUnavailable(
+                f"{url}: HTTP {answer.status} to {answer.location}: redirects are not followed, "
+                "set base_url to where it leads, or give the headers that it wants"
+            )
+        if 400 <= answer.status < 500:
+            return RemoteUnavailable(f"{url}: {answer.said}; check base_url and the path")
+        return RemoteUnavailable(f"{url}: {answer.said}; it is tried again, as often as it takes")
+
+    async def _request(self, method: str, path: str, message: Any = None) -> _Answer:
         """One request; raises `RemoteUnavailable` when no answer comes."""
         url = self._base_url + path
         try:
@@ -117,38 +164,38 @@ class GenesysClient:
                 aiohttp.ClientSession(
                     cookie_jar=self._jar,
                     connector=aiohttp.TCPConnector(ssl=self._tls or True),
-                    timeout=aiohttp.ClientTimeout(total=REQUEST_S),
+                    timeout=aiohttp.ClientTimeout(total=self._request_s),
                 ) as http,
+                # A redirect would turn a POST into a GET, or take the credentials elsewhere.
                 http.request(
                     method, url, json=message, headers=self.headers(), allow_redirects=False
                 ) as response,
             ):
-                body = await response.content.read(REPLY_BYTES_MAX)
-                while len(body) < REPLY_BYTES_MAX and (chunk := await response.content.read(REPLY_BYTES_MAX)):
-                    body += chunk
-                if len(body) >= REPLY_BYTES_MAX:
-                    raise RemoteUnavailable(f"{url}: more than {REPLY_BYTES_MAX} bytes")
+                body = await _read(response, url)
                 header, token = response.headers.get("X-CSRF-HEADER"), response.headers.get("X-CSRF-TOKEN")
                 if header and token:
                     self._csrf = {header: token}
-                return response.status, body
+                return _Answer(response.status, body, response.headers.get("Location", "nowhere"))
         except TimeoutError:
-            raise RemoteUnavailable(f"{url}: no answer within {REQUEST_S:g} s") from None
+            raise RemoteUnavailable(
+                f"{url}: no answer within {self._request_s:g} s; "
+                "check base_url, the network, and whether GWS is overloaded"
+            ) from None
         except (aiohttp.ClientError, OSError) as error:
-            raise RemoteUnavailable(f"{url}: {type(error).__name__}: {error}") from None
+            raise RemoteUnavailable(
+                f"{url}: {type(error).__name__}: {error}; check base_url, the network, and ca_file for TLS"
+            ) from None
 
 
-def _status_code(body: bytes) -> int | None:
-    """GWS' own statusCode, inside the body; None if there is none."""
-    try:
-        fields = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        return None
-    code = fields.get("statusCode") if isinstance(fields, dict) else None
-    return code if isinstance(code, int) else None
-
-
-def _said(status: int, body: bytes) -> str:
-    """An answer in one line, for an error message."""
-    text = body[:200].decode("utf-8", "replace").replace("\n", " ").strip()
-    return f"HTTP {status} {text}".strip()
+async def _read(response: aiohttp.ClientResponse, url: str) -> bytes:
+    """The body; raises `RemoteUnavailable` where it is too large."""
+    chunks = []
+    size = 0
+    async for chunk in response.content.iter_any():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > REPLY_BYTES_MAX:
+            raise RemoteUnavailable(
+                f"{url}: more than {REPLY_BYTES_MAX} bytes; ask for fewer fields (snapshot_path)"
+            )
+    return b"".join(chunks)
