@@ -45,6 +45,7 @@ from listener.pipeline import Pipeline
 from listener.store.journal import Journal
 from tests.support.clock import BEGAN_AT, Clock, turns
 from tests.support.memory import MemoryJournal, Said, until
+from tests.support.outage import uncommitted
 
 EMPTY = b'{"statusCode":0,"calls":[]}'
 SHAKEN = Handshaken("client-id-of-a-session", True, ("long-polling",))
@@ -573,7 +574,7 @@ async def test_a_snapshot_waits_for_what_the_store_has_not_taken_yet(stage: Stag
     """While a delivery is not durable, its session leaves what is newer with the server: silence says
     nothing then."""
     one = stage.watch(settled_s=SETTLED_S)
-    async with held(database):
+    async with uncommitted(database):
         one.tell(SHAKEN, Subscribed())
         await turns()
         await one.hear(1)
@@ -607,17 +608,6 @@ async def test_snapshots_take_turns(stage: Stage) -> None:
 
 
 # ── What a crash leaves ───────────────────────────────────────────────────────────────────────────────
-
-
-@asynccontextmanager
-async def held(dsn: str) -> AsyncIterator[None]:
-    """Lets no message of the account 1 be committed during the block; coverage goes on."""
-    holder = await asyncpg.connect(dsn)
-    try:
-        await holder.execute("BEGIN; LOCK TABLE notification IN SHARE MODE")
-        yield
-    finally:
-        await holder.close()
 
 
 async def seen(stage: Stage, until_s: float) -> None:
@@ -668,7 +658,7 @@ async def test_the_heartbeat_never_vouches_for_what_is_not_committed(
     await stage.clock.advance(1)
     one.answered()
     await stage.clock.advance(5)
-    async with held(database):
+    async with uncommitted(database):
         await one.hear(1)
         one.answered(took=True)
         for _ in range(10):
@@ -771,7 +761,7 @@ async def test_a_session_lost_while_the_store_is_slow_was_deaf_since_we_stopped_
     await one.up()
     one.answered()
     await stage.clock.advance(10)
-    async with held(database):
+    async with uncommitted(database):
         await one.hear(1)
         one.answered(took=True)
         for _ in range(5):
@@ -790,7 +780,7 @@ async def test_a_session_that_caught_up_is_vouched_for_again(stage: Stage, datab
     for _ in range(2):
         one.answered()
         await stage.clock.advance(5)
-    async with held(database):
+    async with uncommitted(database):
         await one.hear(1)
         one.answered(took=True)
         await stage.clock.advance(4)

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -15,7 +16,8 @@ from listener.simulator.centre import Simulator
 from listener.simulator.scripts import Dialect
 from listener.simulator.settings import SimulatorSettings
 from listener.store.embedded import Embedded
-from tests.support.running import Centre, child, configuration, short_place, until
+from tests.support.outage import uncommitted
+from tests.support.running import Centre, Child, child, configuration, short_place, until
 from tests.support.truth import compare
 
 RATE = 600.0
@@ -34,6 +36,12 @@ async def played(simulator: Simulator) -> AsyncIterator[None]:
         await playing
     await simulator.finish()
     await simulator.drained()
+
+
+async def behind(listener: Child) -> bool:
+    """Whether several accounts have something that is not committed: of each that acknowledges it is one
+    delivery at most."""
+    return await listener.metric("listener_backlog_notifications") >= 5
 
 
 def sent(simulator: Simulator) -> int:
@@ -64,9 +72,9 @@ async def stretches(dsn: str) -> dict[str, list[str]]:
 async def test_a_kill_loses_nothing_that_was_acknowledged(
     database: str, tmp_path: Path, how: str, kills: int
 ) -> None:
-    """`kill -9` at moments drawn from a seed, while all dialects are spoken, and a start after each: what the
-    server let go of is stored, nothing is stored twice, what is missing lies in a gap, and every call has
-    ended. SIGTERM at last: exit code 0, and the coverage says "stopped"."""
+    """`kill -9` at moments drawn from a seed and once in the middle of a transaction, while all dialects are
+    spoken, and a start after each: what the server let go of is stored, nothing is stored twice, what is
+    missing lies in a gap, and every call has ended. SIGTERM at last: exit code 0, and "stopped"."""
     dice = Random(how)
     settings = SimulatorSettings(
         accounts=8, rate=RATE, max_interval_ms=1500, ack=how != "not acknowledged", seed=kills
@@ -77,10 +85,15 @@ async def test_a_kill_loses_nothing_that_was_acknowledged(
         config.write_text(configuration(f'dsn = "{database}"', centre))
         async with child(config) as listener:
             async with played(simulator):
-                for _ in range(kills):
+                for kill in range(kills):
                     reached = sent(simulator) + dice.choice(KILLED_AFTER)
                     await until(lambda reached=reached: sent(simulator) >= reached)
-                    await listener.kill()
+                    if kill == 0:
+                        async with uncommitted(database):
+                            await until(partial(behind, listener))
+                            await listener.kill()
+                    else:
+                        await listener.kill()
                     await listener.start()
             assert await listener.reasons() == []
             assert await listener.stop() == 0

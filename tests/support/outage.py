@@ -56,6 +56,17 @@ class Fragile:
             await holder.close()
 
 
+@asynccontextmanager
+async def uncommitted(dsn: str) -> AsyncIterator[None]:
+    """Lets no message be committed during the block: each transaction waits in its middle."""
+    holder = await asyncpg.connect(dsn)
+    try:
+        await holder.execute("BEGIN; LOCK TABLE notification IN SHARE MODE")
+        yield
+    finally:
+        await holder.close()
+
+
 @pytest.fixture(scope="session")
 def fragile() -> Iterator[Fragile]:
     """A server that its tests may stop; one test at a time uses it."""
