@@ -650,8 +650,7 @@ class Session:
         self._first_connect = False
         lasts = now - self._handshaken_at >= self.limits.lasting_s
         if lasts and (self._may_be_held or self._fruitful):
-            self._failures = 0
-            self._failing_since = None
+            self._recovered()
         self._not_before = now + max(self._interval_s, self._vain_s(now))
         if self._gap is not None and self._all_subscribed():
             facts.append(Unbroken() if self.ack else Resumed())
@@ -743,6 +742,8 @@ class Session:
             self._stopped = True
             return facts
         self._unanswered.clear()
+        if self._connecting and self._may_be_held and now - self._asked_at >= self.limits.lasting_s:
+            self._recovered()  # it was held, so the connection had been good
         self._connecting = False
         self._polling_old = False
         if failure is Failure.UNAUTHORISED:
@@ -789,6 +790,11 @@ class Session:
         self._connecting = False
         if had:
             self._begin_gap(cause, detail, facts)
+
+    def _recovered(self) -> None:
+        """The next failure is the first again."""
+        self._failures = 0
+        self._failing_since = None
 
     def _back_off(self, now: float) -> None:
         """Waits before the next attempt: twice as long each time, with jitter, dense while the server may

@@ -827,6 +827,18 @@ def test_waits_begin_small_again_after_a_session_that_lasted() -> None:
     assert script.rests() == pytest.approx(DEFAULT_LIMITS.retry_s)
 
 
+def test_waits_begin_small_again_after_a_connect_that_was_held() -> None:
+    """An outage, a recovery, and a cut before the server had anything to say: that cut is the first."""
+    script = opened()
+    play(script, lambda *_: Failure.NETWORK, MINUTE)
+    script.rests()
+    script.sends(CONNECT)
+    script.answers(ext={"ack": 2})
+    script.sends(CONNECT)
+    script.after(10.0).fails()
+    assert script.rests() == pytest.approx(DEFAULT_LIMITS.retry_s)
+
+
 def test_a_handshake_that_succeeds_resets_nothing() -> None:
     """402 after every handshake: each round waits longer than the one before."""
     script = opened()
