@@ -7,8 +7,8 @@ all where the server kept everything for us. The `Ledger` writes what the watche
 store answers at once or later.
 
 Two things can make "observed" a lie that no fact of the session corrects, and are seen to here. A crash
-loses what was heard and not committed: so the heartbeat vouches for an account only up to when the last
-answer was asked for whose messages are all durable. And while the store is slow, a session that
+loses what was heard and not committed: so the heartbeat vouches for an account only up to the last answer
+whose messages are all durable. And while the store is slow, a session that
 acknowledges leaves the newer messages with the server: if the server forgets the session then, the gap
 began when we stopped taking.
 
@@ -68,8 +68,8 @@ HEARTBEAT_S = 10.0
 """How often "observed" is written down anew."""
 
 VOUCHED_GRAIN_S = 5.0
-"""Heartbeats vouch for moments on this grid, so that thousands of accounts need few statements. What a crash
-leaves uncertain is at most this, the time between two heartbeats, and that of two long polls."""
+"""Heartbeats vouch for moments on this grid, so that thousands of accounts need few statements, and for the
+one before the last answer came: an answer may have been under way for so long."""
 
 QUICK_S = 0.15
 """A commit that is quicker than this was known before the session asked again; it keeps silent for longer
@@ -204,7 +204,7 @@ class Ledger:
         for account, vouched in sorted(self._observed.items()):
             at = vouched()
             if at is not None:
-                on_grid_s = at.timestamp() // VOUCHED_GRAIN_S * VOUCHED_GRAIN_S
+                on_grid_s = (at.timestamp() // VOUCHED_GRAIN_S - 1) * VOUCHED_GRAIN_S
                 moments.setdefault(datetime.fromtimestamp(on_grid_s, UTC), []).append(account)
         return sorted(moments.items())
 
@@ -254,7 +254,7 @@ class _Delivery(Struct, frozen=True):
     taken: float
     """The same on the steady clock."""
     known_until: datetime | None
-    """Until when everything that the server said was delivered before."""
+    """When the answer before it came: what was said until then was delivered before."""
 
 
 class Watch:
@@ -309,7 +309,6 @@ class Watch:
         self._announced: list[_Delivery] = []
         self._undurable: list[_Delivery] = []
         self._answers = 0
-        self._known_until: datetime | None = None
         self._answered_at: datetime | None = None
         self._slow: datetime | None = None
         self._behind_since: datetime | None = None
@@ -338,8 +337,7 @@ class Watch:
             # Asked with an old acknowledgement, the answer was left with the server, whatever it held.
             self._behind_since = self._behind_since or slow
         self._answers += 1
-        # It was asked for after the answer before it, and holds what was said until it was asked for.
-        self._known_until, self._answered_at = self._answered_at, at
+        self._answered_at = at
 
     def _slowest(self) -> datetime | None:
         """When the oldest delivery came whose commit is not known yet, if the session asks meanwhile."""
@@ -350,7 +348,7 @@ class Watch:
 
     def vouched(self) -> datetime | None:
         """Until when everything that the server said is durable, whatever happens to us now."""
-        at = self._undurable[0].known_until if self._undurable else self._known_until
+        at = self._undurable[0].known_until if self._undurable else self._answered_at
         doubts = [doubt for doubt in (at, self._slow, self._behind_since) if doubt is not None]
         return min(doubts) if at is not None else None
 
@@ -363,7 +361,7 @@ class Watch:
         match fact:
             case Delivered():
                 if fact.messages or fact.odd:
-                    delivery = _Delivery(at, self._clock(), self._known_until)
+                    delivery = _Delivery(at, self._clock(), self._answered_at)
                     self._announced.append(delivery)
                     self._undurable.append(delivery)
                 if fact.redelivered:

@@ -37,11 +37,13 @@ from listener.coverage import (
     SNAPSHOT_RETRY_S,
     SNAPSHOT_RETRY_S_MAX,
     SNAPSHOTS_AT_ONCE_MAX,
+    VOUCHED_GRAIN_S,
     Ledger,
     Watch,
 )
 from listener.errors import LoginRefused, RemoteUnavailable, StoreUnavailable
 from listener.pipeline import Pipeline
+from listener.store.history import History
 from listener.store.journal import Journal
 from tests.support.clock import BEGAN_AT, Clock, turns
 from tests.support.memory import MemoryJournal, Said, until
@@ -630,8 +632,8 @@ async def crash(stage: Stage) -> None:
 async def test_the_heartbeat_says_until_when_the_last_answer_vouches(
     stage: Stage, journal: Journal, sql: asyncpg.Connection
 ) -> None:
-    """After a crash the gap begins where the last answer was asked for, not where the process was last alive:
-    a connection that was dead by then would not have been noticed yet."""
+    """After a crash the gap begins before the last answer, not where the process was last alive: a connection
+    that was dead by then would not have been noticed yet."""
     one = stage.watch()
     await one.up()
     for _ in range(2):
@@ -639,12 +641,12 @@ async def test_the_heartbeat_says_until_when_the_last_answer_vouches(
         await stage.clock.advance(12)
     one.answered()
     await stage.clock.advance(40)
-    await seen(stage, 10)
+    await seen(stage, 15)
     await crash(stage)
     later = Clock(stage.clock.began_at)
     later.passed_s = 100
     async with staged(journal, sql, later) as restarted:
-        assert await restarted.rows() == [Row(0, 10, ""), Row(10, None, "not started")]
+        assert await restarted.rows() == [Row(0, 15, ""), Row(15, None, "not started")]
 
 
 async def test_the_heartbeat_never_vouches_for_what_is_not_committed(
@@ -653,9 +655,7 @@ async def test_the_heartbeat_never_vouches_for_what_is_not_committed(
     """A message that was heard and not stored when the process died lies inside the gap."""
     one = stage.watch()
     await one.up()
-    await stage.clock.advance(20)
-    one.answered()
-    await stage.clock.advance(1)
+    await stage.clock.advance(21)
     one.answered()
     await stage.clock.advance(5)
     async with uncommitted(database):
@@ -665,12 +665,12 @@ async def test_the_heartbeat_never_vouches_for_what_is_not_committed(
             await stage.clock.advance(4)
             one.answered()
             await turns(50)
-        await seen(stage, 20)
+        await seen(stage, 15)
         await crash(stage)
     later = Clock(stage.clock.began_at)
     later.passed_s = 100
     async with staged(journal, sql, later) as restarted:
-        assert await restarted.rows() == [Row(0, 20, ""), Row(20, None, "not started")]
+        assert await restarted.rows() == [Row(0, 15, ""), Row(15, None, "not started")]
 
 
 async def test_what_was_stored_after_the_last_heartbeat_was_observed(
@@ -722,7 +722,7 @@ async def test_what_the_line_still_holds_is_not_vouched_for(stage: Stage) -> Non
     one.answered(took=True)
     await stage.clock.advance(1)
     one.answered()
-    assert one.watch.vouched() == stage.at(2)
+    assert one.watch.vouched() == stage.at(3)
     await one.watch.hear([waiting], lambda: None)
     await stage.settled()
     assert one.watch.vouched() == stage.at(4)
@@ -742,11 +742,11 @@ async def test_a_session_that_broke_was_deaf_since_its_last_durable_answer(stage
     assert "a defect" in one.watch.trouble
     await stage.clock.advance(60)
     await one.up()
-    assert await stage.rows() == [Row(0, 2, ""), Row(2, 63, "session lost"), Row(63, None, "")]
+    assert await stage.rows() == [Row(0, 3, ""), Row(3, 63, "session lost"), Row(63, None, "")]
     for _ in range(2):
         await stage.clock.advance(1)
         one.answered()
-    assert one.watch.vouched() == stage.at(64)
+    assert one.watch.vouched() == stage.at(65)
 
 
 # ── A store that is slow or away ──────────────────────────────────────────────────────────────────────
@@ -785,7 +785,7 @@ async def test_a_session_that_caught_up_is_vouched_for_again(stage: Stage, datab
         one.answered(took=True)
         await stage.clock.advance(4)
         one.answered()
-        assert one.watch.vouched() == stage.at(0)
+        assert one.watch.vouched() == stage.at(5)
     await stage.settled()
     assert one.watch.vouched() == stage.at(10)
     await stage.clock.advance(1)
@@ -793,7 +793,7 @@ async def test_a_session_that_caught_up_is_vouched_for_again(stage: Stage, datab
     assert one.watch.vouched() == stage.at(10), "this answer may have been asked for before the commit"
     await stage.clock.advance(1)
     one.answered()
-    assert one.watch.vouched() == stage.at(15)
+    assert one.watch.vouched() == stage.at(16)
     one.gap("session lost", 16)
     assert await stage.rows() == [Row(0, 16, ""), Row(16, None, "session lost")]
 
@@ -834,7 +834,7 @@ async def test_a_heartbeat_that_fails_says_that_the_store_is_away() -> None:
         memory.available = True
         await clock.advance(HEARTBEAT_S)
         available.append(ledger.available)
-    assert memory.beats == [(frozenset({1}), clock.wall())]
+    assert memory.beats == [(frozenset({1}), clock.wall() - timedelta(seconds=VOUCHED_GRAIN_S))]
     assert available == [False, True]
 
 
@@ -914,6 +914,56 @@ async def test_the_ledger_ends_when_a_cancellation_is_answered_with_a_failure() 
         ledger.cover(Cover(1, clock.wall()))
         await until(lambda: memory.attempts == 1)
     assert memory.attempts == 1
+
+
+# ── Questions ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_answers_about_coverage_agree_with_what_was_told(stage: Stage, database: str) -> None:
+    """`listener coverage` has the stretches of the rows, the share that was observed, and for each cause the
+    seconds that the metrics counted; an idle account that polls as it should is observed until now."""
+    one, two = stage.watch(1), stage.watch(2)
+    await stage.clock.advance(10)
+    for each in (one, two):
+        await each.up()
+    await stage.clock.advance(20)
+    one.gap("disconnected", 25)
+    await stage.clock.advance(5)
+    one.gap("session lost", 25)
+    await stage.clock.advance(5)
+    await one.up()
+    two.gap("disconnected", 38)
+    await stage.clock.advance(2)
+    two.tell(Unbroken())
+    for _ in range(5):
+        for each in (one, two):
+            each.answered()
+        for _ in range(30):
+            await stage.clock.advance(1)
+            await turns(20)
+    await stage.settled()
+    now_s = stage.clock.passed_s
+    expected = {
+        "ada": [Row(0, 10, "not started"), Row(10, 25, ""), Row(25, 40, "session lost"), Row(40, now_s, "")],
+        "bob": [Row(0, 10, "not started"), Row(10, now_s, "")],
+    }
+    async with History(database, clock=stage.clock.wall) as history:
+        answer = await history.coverage()
+        alone = await history.coverage(accounts=["ada"], since=stage.at(20), until=stage.at(50))
+    found: dict[str, list[Row]] = {"ada": [], "bob": []}
+    for stretch in answer.stretches:
+        since_s, until_s = stage._seconds(stretch.since), stage._seconds(stretch.until)
+        rows = found[stretch.account]
+        if rows and rows[-1].cause == stretch.cause:
+            since_s = rows.pop().since_s
+        rows.append(Row(since_s or 0.0, until_s, stretch.cause))
+    assert found == expected
+    assert answer.observed == pytest.approx(1 - (20 + 15) / (2 * now_s))
+    assert alone.observed == pytest.approx(0.5)
+    counted: dict[str, float] = {}
+    for cause, seconds in stage.counts.gaps:
+        counted[cause] = counted.get(cause, 0.0) + seconds
+    assert counted == answer.gaps_s == {"not started": 20.0, "session lost": 15.0}
 
 
 # ── Whatever happens ──────────────────────────────────────────────────────────────────────────────────
