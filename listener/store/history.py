@@ -68,8 +68,9 @@ MOMENTS_MAX = 10_000
 STRETCHES_MAX = 50_000
 """Rows of coverage in one answer; beyond that a shorter time has to be asked for."""
 
-SILENT_S_MAX = 30
-"""Three heartbeats of the daemon. Without one for that long, nobody can say that it still listens."""
+SILENT_S_MAX = 60
+"""A heartbeat comes every ten seconds and vouches up to the server's last answer, which a long poll of
+CometD's default holds back for thirty. Without one for so long, nobody can say that the daemon listens."""
 
 
 class Found(Struct, frozen=True):
@@ -131,7 +132,8 @@ class Timeline(Struct, frozen=True):
     found: Found
     moments: tuple[Moment, ...]
     observed: float
-    """The share, 0 to 1, of the time from its opening to its last message that its account was observed."""
+    """The share, 0 to 1, of the time from its opening to its last message that its account was observed; of a
+    call that goes on, up to now. An account that was removed is observed no more."""
 
 
 class Stretch(Struct, frozen=True):
@@ -228,7 +230,9 @@ class History:
         if state is not None:
             conditions.append(call.c.state == state)
         if live is not None:
-            conditions.append(_LIVE if live else ~_LIVE)
+            # What a removed account had going on is over, as far as anybody will ever hear.
+            goes_on = and_(_LIVE, account.c.removed_at.is_(None))
+            conditions.append(goes_on if live else ~goes_on)
         if number is not None:
             conditions.append(_with_number(lambda column: column.in_(_spellings(number)), since))
         if number_ends is not None:
@@ -421,12 +425,15 @@ class History:
         return Timeline(found, moments, observed)
 
     def _believed_until(self) -> ColumnElement[datetime]:
-        """The end of a row of coverage. An open "observed" without heartbeats ended when they did."""
+        """The end of a row of coverage. An open "observed" goes on as long as heartbeats come; when they have
+        stopped, it ended with the last of them, as the next start of a daemon will write it down."""
         now = self._clock()
-        silent = func.least(coverage.c.seen_at + timedelta(seconds=SILENT_S_MAX), now)
+        silent = and_(
+            coverage.c.cause == OBSERVED, coverage.c.seen_at < now - timedelta(seconds=SILENT_S_MAX)
+        )
         return case(
             (coverage.c.until.is_not(None), coverage.c.until),
-            (coverage.c.cause == OBSERVED, silent),
+            (silent, coverage.c.seen_at),
             else_=now,
         )
 

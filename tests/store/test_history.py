@@ -265,19 +265,21 @@ async def test_coverage_leaves_no_moment_out(journal: Journal, history: History,
 
 
 async def test_silence_is_not_observation(journal: Journal, history: History, clock: Clock) -> None:
-    """A daemon that was killed left its row open; without heartbeats it counts no longer."""
+    """A daemon that was killed left its row open; it ended with its last heartbeat, as a restart will say."""
     await journal.cover([Cover(1, at(0))])
     await journal.heartbeat([1], at(100))
+    clock.now = at(100 + module.SILENT_S_MAX - 1)
+    while_beating = await history.coverage(since=at(0), accounts=["ada"])
     clock.now = at(1000)
 
     told = await history.coverage(since=at(0), accounts=["ada"])
 
-    believed = 100 + module.SILENT_S_MAX
+    assert while_beating.observed == pytest.approx(1.0)
     assert [(s.since, s.until, s.cause) for s in told.stretches] == [
-        (at(0), at(believed), ""),
-        (at(believed), at(1000), "not started"),
+        (at(0), at(100), ""),
+        (at(100), at(1000), "not started"),
     ]
-    assert (await history.calls(since=at(0), accounts=["ada"])).observed == pytest.approx(believed / 1000)
+    assert (await history.calls(since=at(0), accounts=["ada"])).observed == pytest.approx(0.1)
 
 
 async def test_no_call_and_nobody_listening_are_different_answers(
