@@ -23,6 +23,8 @@ import difflib
 import io
 import ipaddress
 import os
+import re
+import ssl
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -45,6 +47,8 @@ ACCOUNTS_FILE_BYTES_MAX = 64 * 2**20
 """Some 500,000 accounts; a larger file is refused."""
 SECRET_BYTES_MAX = 64 * 2**10
 """A larger secret file is refused: it is the wrong file."""
+CA_BYTES_MAX = 4 * 2**20
+"""Some thousand certificates, more than any system trusts; a larger file is refused."""
 PROBLEMS_MAX = 50
 """Problems named in one message; the rest is counted, so that a broken file of thousands stays readable."""
 
@@ -76,7 +80,7 @@ class Store(_Section):
     @field_validator("dsn")
     @classmethod
     def _of_postgresql(cls, value: SecretStr | None) -> SecretStr | None:
-        if value and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+        if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
             raise ValueError("it must begin with postgresql://")
         return value
 
@@ -120,6 +124,8 @@ class Environment(_Section):
     def _an_address(cls, value: str) -> str:
         if not value.startswith(("http://", "https://")) or len(value.split("://", 1)[1].strip("/")) == 0:
             raise ValueError("it must begin with http:// or https:// and name a host")
+        if "@" in value.split("://", 1)[1].partition("/")[0]:
+            raise ValueError("it must hold no user and no password; they belong to the accounts")
         return value.rstrip("/")
 
     @field_validator("channels")
@@ -404,12 +410,12 @@ def _environment_source(environ: Mapping[str, str]) -> _Source:
     return _from_variables(ours, {name: f"environment variable {name}" for name in ours})
 
 
-def _secrets_source(directory: Path | None) -> tuple[_Source, list[str]]:
+def _secrets_source(directory: Path | None, said_by: str) -> tuple[_Source, list[str]]:
     """Read the secrets directory; also give the problems of files that were surely meant as settings."""
     if directory is None:
         return _Source({}), []
     if not directory.is_dir():
-        raise SettingsError(f"{directory}: no such secrets directory; mend LISTENER_SECRETS_DIR")
+        raise SettingsError(f"{said_by}: {directory}: no such secrets directory")
     variables: dict[str, str] = {}
     places: dict[str, str] = {}
     problems: list[str] = []
@@ -418,13 +424,18 @@ def _secrets_source(directory: Path | None) -> tuple[_Source, list[str]]:
         if not path.is_file():
             continue
         if name.startswith(PREFIX) and _top(name) in Settings.model_fields:
+            places[name] = f"secret file {path}"
             try:
-                variables[name] = _read(path, SECRET_BYTES_MAX).strip()
+                text = _read(path, SECRET_BYTES_MAX).strip()
             except _Unreadable as error:
                 problems.append(f"{path}: {error}")
-            places[name] = f"secret file {path}"
+                continue
+            if text:
+                variables[name] = text
+            else:
+                problems.append(f"{places[name]} is empty; write its value, or remove the file")
         elif name.startswith(PREFIX):
-            problems.append(f"{path}: there is no such setting{_meant(_top(name), Settings.model_fields)}")
+            problems.append(f"{path}: there is no such setting{_meant_setting(name, '__', 'listener_')}")
         elif "__" in name and _top(name) in Settings.model_fields:
             problems.append(f"{path}: a secret file needs the prefix: name it listener_{path.name}")
     return _from_variables(variables, places), problems
@@ -434,7 +445,7 @@ def _flags_source(overrides: Mapping[str, str]) -> tuple[_Source, list[str]]:
     """Read flags as if they were variables; also give the problems of those that set nothing."""
     flags = {PREFIX + dotted.upper().replace(".", "__"): dotted for dotted in overrides}
     problems = [
-        f"flag --set {dotted}: there is no such setting{_meant(_top(name), Settings.model_fields)}"
+        f"flag --set {dotted}: there is no such setting{_meant_setting(name, '.')}"
         for name, dotted in flags.items()
         if _top(name) not in Settings.model_fields
     ]
@@ -445,9 +456,8 @@ def _flags_source(overrides: Mapping[str, str]) -> tuple[_Source, list[str]]:
 def _unknown_variables(environ: Mapping[str, str], merged: dict[str, Any]) -> list[str]:
     """Name the LISTENER_ variables that set nothing: a misspelt one would otherwise be silently ignored."""
     referred = {value for key, value in _texts(merged) if key.endswith("_env")}
-    known = {f"{PREFIX}{name.upper()}": name for name in Settings.model_fields}
     return [
-        f"environment variable {name}: there is no such setting{_meant(name.partition('__')[0], known)}"
+        f"environment variable {name}: there is no such setting{_meant_setting(name, '__', PREFIX)}"
         for name in sorted(environ)
         if name.startswith(PREFIX)
         and name not in RESERVED_VARIABLES
@@ -481,6 +491,20 @@ def _meant(name: str, allowed: Mapping[str, Any]) -> str:
     return f'; did you mean "{close[0]}"?' if close else f"; known are {', '.join(allowed)}"
 
 
+def _meant_setting(variable: str, joint: str, prefix: str = "") -> str:
+    """Propose the setting that `variable` was meant to be, spelt as its source spells settings."""
+    top, *below = variable.lower().removeprefix(PREFIX.lower()).split("__")
+    section = next((name for name in _SECTIONS if top.startswith(f"{name}_")), None)
+    if section:
+        meant = [section, top.removeprefix(f"{section}_"), *below]
+    elif close := difflib.get_close_matches(top, Settings.model_fields, n=1, cutoff=0.6):
+        meant = [close[0], *below]
+    else:
+        return _meant(top, Settings.model_fields)
+    named = prefix + (joint.join(meant).upper() if prefix.isupper() else joint.join(meant))
+    return f'; did you mean "{named}"{" (two underscores)" if section and joint == "__" else ""}?'
+
+
 def _table_of(key: Key) -> tuple[str, Mapping[str, Any]]:
     """Give the TOML name of the table that holds `key`, and the settings that it may hold."""
     match key:
@@ -507,8 +531,13 @@ def _sentence(kind: str, message: str, key: Key) -> str:
     cure = allowed[setting].description if setting in allowed else None
     if kind == "missing":
         return f"{table} lacks {name}: {cure}"
+    called = f"[[accounts]] {name}" if key[0] == "accounts" and len(key) > 2 else ".".join(map(str, key))
+    if kind.startswith("bool_"):
+        return f"{called} must be true or false ({cure})"
+    if kind == "string_too_short":
+        return f"{called} is empty; write {cure}"
     said = message.removeprefix("Value error, ").removeprefix("Input ")
-    return f"{'.'.join(map(str, key))}: {said}{f'; write {cure}' if cure else ''}"
+    return f"{called}: {said}{f'; write {cure}' if cure else ''}"
 
 
 def _as_key(loc: tuple[int | str, ...]) -> Key:
@@ -553,9 +582,12 @@ def _secret(
             return (SecretStr(text), None) if text else (None, f"{key} {holder[key]} is empty")
         case [key] if key.endswith("_env"):
             text = environ.get(holder[key], "")
+            state = "empty" if holder[key] in environ else "not set"
             return (
-                (SecretStr(text), None) if text else (None, f"{key}: the variable {holder[key]} is not set")
+                (SecretStr(text), None) if text else (None, f"{key}: the variable {holder[key]} is {state}")
             )
+        case [key] if isinstance(holder[key], SecretStr) and not holder[key].get_secret_value():
+            return None, f"{key} is empty; write it, or leave it out"
         case [key]:
             return holder[key], None
         case _:
@@ -592,8 +624,31 @@ class _Loading:
                 self.problem(
                     ("environments", name), 'auth = "headers" needs headers, headers_file or headers_env'
                 )
+            self._placeholders(name, headers)
+            self._authority(name, environment.ca_file)
             resolved[name] = environment.model_copy(update={"token": token, "headers": headers})
         return resolved
+
+    def _placeholders(self, name: str, headers: Mapping[str, SecretStr]) -> None:
+        for title, value in headers.items():
+            if set(re.findall(r"\{(\w*)\}", value.get_secret_value())) - {"login", "password"}:
+                self.problem(
+                    ("environments", name, "headers"),
+                    f"the header {title} has a {{…}} that is neither {{login}} nor {{password}}",
+                )
+
+    def _authority(self, name: str, path: Path | None) -> None:
+        if path is None:
+            return
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=_read(path, CA_BYTES_MAX))
+        except _Unreadable as error:
+            self.problem(("environments", name, "ca_file"), f"ca_file {path}: {error}")
+        except (ssl.SSLError, ValueError):
+            self.problem(
+                ("environments", name, "ca_file"),
+                f"ca_file {path} holds no certificates; it must be PEM, with lines BEGIN CERTIFICATE",
+            )
 
     def _header_lines(self, name: str, text: str) -> dict[str, SecretStr]:
         headers = {}
@@ -666,6 +721,9 @@ class _Loading:
                 sentence = f'there is no column "{unknown[0]}"{_meant(unknown[0], Account.model_fields)}'
                 self.problems.append(f"{path}:1: {sentence}")
                 return []
+            if twice := [title for index, title in enumerate(header) if title in header[:index]]:
+                self.problems.append(f'{path}:1: the column "{twice[0]}" is there twice; keep one')
+                return []
             if lacking := [title for title in ("environment", "login") if title not in header]:
                 self.problems.append(f"{path}:1: the header row lacks the column {lacking[0]}")
                 return []
@@ -692,7 +750,7 @@ class _Loading:
             except ValidationError as error:
                 for detail in error.errors(include_input=False, include_url=False, include_context=False):
                     sentence = _sentence(detail["type"], detail["msg"], ("accounts", 0, *detail["loc"]))
-                    self.problems.append(f"{place}: {sentence.replace('[[accounts]]', 'this row')}")
+                    self.problems.append(f"{place}: {_of_row(sentence)}")
 
     def operations(self) -> Operations:
         operations = self.settings.operations
@@ -706,6 +764,21 @@ class _Loading:
                 "set operations.token_file, or host to 127.0.0.1",
             )
         return operations.model_copy(update={"token": token})
+
+
+def _of_row(sentence: str) -> str:
+    """Say of a row of the accounts file what `_sentence` said of a table."""
+    return sentence.replace("[[accounts]] lacks", "this row lacks").removeprefix("[[accounts]] ")
+
+
+def _without(values: Mapping[str, Any], key: Key) -> dict[str, Any]:
+    """Give `values` without the one at `key`, or without what is there in the place of its table."""
+    first, *rest = map(str, key)
+    below = values.get(first)
+    kept = {name: value for name, value in values.items() if name != first}
+    if rest and isinstance(below, dict) and rest[0] in below:
+        kept[first] = _without(below, tuple(rest))
+    return kept
 
 
 def _is_loopback(host: str) -> bool:
@@ -759,32 +832,41 @@ def load(
     files, also on every reload; opens no connection.
     """
     environ = os.environ if environ is None else environ
-    if secrets_dir is None and (
-        named := environ.get("LISTENER_SECRETS_DIR") or environ.get("CREDENTIALS_DIRECTORY")
-    ):
-        secrets_dir = Path(named)
+    said_by = "--secrets-dir"
+    for variable in ("LISTENER_SECRETS_DIR", "CREDENTIALS_DIRECTORY"):
+        if secrets_dir is None and environ.get(variable):
+            secrets_dir, said_by = Path(environ[variable]), f"environment variable {variable}"
     toml = _Source({}) if path is None else _from_toml(path)
     flags, problems = _flags_source(overrides or {})
-    secrets, unusable = _secrets_source(secrets_dir)
+    secrets, unusable = _secrets_source(secrets_dir, said_by)
     problems += unusable
     sources = [flags, _environment_source(environ), secrets, toml]
     merged: dict[str, Any] = {}
     for source in reversed(sources):
         merged = _merge(merged, source.values)
     problems += _unknown_variables(environ, merged)
+    wrong: list[Key] = []
     try:
         settings = Settings(**merged)
     except ValidationError as error:
         for detail in error.errors(include_input=False, include_url=False, include_context=False):
-            key = _as_key(detail["loc"])
+            wrong.append(key := _as_key(detail["loc"]))
             problems.append(f"{_place(sources, key)}: {_sentence(detail['type'], detail['msg'], key)}")
-        _refuse(problems)
-        raise
+        # What does not depend on the wrong values is checked all the same: a site mends all of it at once.
+        for key in wrong:
+            merged = _without(merged, key[:1] if key[0] in ("environments", "accounts") else key)
+        try:
+            settings = Settings(**merged)
+        except ValidationError:
+            _refuse(problems)
+            raise
     loading = _Loading(settings, environ, sources, problems)
-    environments = loading.environments()
-    accounts = loading.accounts(environments)
-    operations = loading.operations()
+    broken = {key[0] for key in wrong}
+    checked: dict[str, Any] = {}
+    if not broken & {"environments", "accounts"}:
+        checked["environments"] = loading.environments()
+        checked["accounts"] = loading.accounts(checked["environments"])
+    if not any(key[0] == "operations" and str(key[-1]).startswith("token") for key in wrong):
+        checked["operations"] = loading.operations()
     _refuse(problems)
-    return settings.model_copy(
-        update={"environments": environments, "accounts": accounts, "operations": operations}
-    )
+    return settings.model_copy(update=checked)

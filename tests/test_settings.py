@@ -229,13 +229,20 @@ def test_lines_survive_whatever_toml_allows(write: Write) -> None:
     [
         (
             {"LISTENER_OPERATION__PORT": "1"},
-            'LISTENER_OPERATION__PORT: there is no such setting; did you mean "LISTENER_OPERATIONS"?',
+            'LISTENER_OPERATION__PORT: there is no such setting; did you mean "LISTENER_OPERATIONS__PORT"?',
         ),
         ({"LISTENER_OPERATIONS__PROT": "1"}, 'LISTENER_OPERATIONS__PROT: there is no setting "prot"'),
         (
             {"LISTENER_OPERATIONS__PORT": "x"},
             "LISTENER_OPERATIONS__PORT: operations.port: should be a valid int",
         ),
+        (
+            {"LISTENER_LOG_LEVEL": "info"},
+            'LISTENER_LOG_LEVEL: there is no such setting; did you mean "LISTENER_LOG__LEVEL" (two unders',
+        ),
+        ({"LISTENER_ZZZ": "1"}, "LISTENER_ZZZ: there is no such setting; known are store, "),
+        ({"LISTENER_STORE__DSN": ""}, "LISTENER_STORE__DSN: store.dsn: it must begin with postgresql://"),
+        ({"LISTENER_OPERATIONS__TOKEN": ""}, "LISTENER_OPERATIONS__TOKEN: token is empty"),
         ({"LISTENER_STORE__DSN": SECRET}, "LISTENER_STORE__DSN: store.dsn: it must begin with postgresql://"),
         ({"LISTENER_ACCOUNTS": "[" + SECRET}, "LISTENER_ACCOUNTS: a list or section here must be JSON"),
     ],
@@ -250,7 +257,8 @@ def test_a_wrong_variable_is_named(environ: dict[str, str], part: str) -> None:
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("listener_stor__dsn", 'there is no such setting; did you mean "store"?'),
+        ("listener_stor__dsn", 'there is no such setting; did you mean "listener_store__dsn"?'),
+        ("listener_store_dsn", 'did you mean "listener_store__dsn" (two underscores)?'),
         ("store__dsn", "needs the prefix: name it listener_store__dsn"),
         ("listener_operations__port", "operations.port: should be a valid integer"),
     ],
@@ -273,7 +281,9 @@ def test_a_wrong_flag_is_named() -> None:
 def test_a_flag_that_sets_nothing_is_named() -> None:
     """A flag that names no setting, a section as a value or a value as a section is refused, not a crash."""
     (problem,) = _problems(None, overrides={"logg.level": "info"})
-    assert problem == 'flag --set logg.level: there is no such setting; did you mean "log"?'
+    assert problem == 'flag --set logg.level: there is no such setting; did you mean "log.level"?'
+    (problem,) = _problems(None, overrides={"store.dsn": ""})
+    assert problem.startswith("flag --set store.dsn: store.dsn: it must begin with postgresql://")
     (problem,) = _problems(None, overrides={"log": "x"})
     assert problem.startswith("flag --set log: ")
     (problem,) = _problems(None, overrides={"log.level.deep": "x"})
@@ -285,9 +295,37 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     (problem,) = _problems(tmp_path / "none.toml")
     assert "none.toml: it cannot be read (No such file or directory); name another file with -c" in problem
     (problem,) = _problems(None, secrets_dir=tmp_path / "none")
-    assert "no such secrets directory" in problem
+    assert problem == f"--secrets-dir: {tmp_path / 'none'}: no such secrets directory"
+    (problem,) = _problems(None, {"LISTENER_SECRETS_DIR": "none"})
+    assert problem == "environment variable LISTENER_SECRETS_DIR: none: no such secrets directory"
     (problem,) = _problems(None, {"LISTENER_ACCOUNTS_FILE": str(tmp_path / "none.csv")})
     assert problem.startswith("environment variable LISTENER_ACCOUNTS_FILE: accounts_file")
+
+
+def test_an_empty_secret_file_is_named(write: Write) -> None:
+    """A secret that somebody forgot to fill in is refused, whatever it is for."""
+    path = write("secrets/listener_log__level", "\n")
+    (problem,) = _problems(None, secrets_dir=path.parent)
+    assert problem == f"secret file {path} is empty; write its value, or remove the file"
+
+
+def test_problems_of_both_kinds_are_named_together(write: Write) -> None:
+    """A value that cannot be, and values that do not go together, are named in one run."""
+    path = write("listener.toml", BASIC.replace('prod"', 'prd"') + "[operations]\nhost='0.0.0.0'\nport=-1\n")
+    problems = _problems(path)
+    assert len(problems) == 3
+    for problem, part in zip(
+        problems,
+        ["operations.port: should be greater", 'no [environments."prd"]', "is not loopback"],
+        strict=True,
+    ):
+        assert part in problem
+
+
+def test_of_a_broken_token_no_lack_is_told(write: Write) -> None:
+    """A token that is of the wrong type is one problem, and not also a missing token."""
+    (problem,) = _problems(write("listener.toml", "[operations]\nhost = '0.0.0.0'\ntoken = 5\n"))
+    assert "operations.token: should be a valid string" in problem
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "listener.example.com"])
@@ -384,10 +422,12 @@ def test_the_three_ways_to_log_in(write: Write) -> None:
             "password and password_env are both given; keep one",
         ),
         ('login = "a"\npassword_env = "Y"', "password_env: the variable Y is not set"),
+        ('login = "a"\npassword_env = "EMPTY"', "password_env: the variable EMPTY is empty"),
+        ('login = "a"\npassword = ""', "password is empty"),
         ('login = "a"\npassword_file = "none"', "it cannot be read (No such file or directory)"),
         ('login = "a"\npassword_file = "empty"', "is empty"),
         ('login = "a"\npassword_file = "large"', "larger than 65536 bytes"),
-        ('login = ""', "accounts.0.login: String should have at least 1 character"),
+        ('login = ""', "[[accounts]] login is empty; write the login at the GWS"),
     ],
 )
 def test_a_missing_secret_is_named(write: Write, account: str, part: str) -> None:
@@ -398,7 +438,7 @@ def test_a_missing_secret_is_named(write: Write, account: str, part: str) -> Non
         "listener.toml",
         f"[environments.e]\nbase_url = 'http://e'\n[[accounts]]\nenvironment = 'e'\n{account}",
     )
-    (problem,) = _problems(path)
+    (problem,) = _problems(path, {"EMPTY": ""})
     assert part in problem
     assert problem.startswith((f"{path}:3", f"{path}:5"))
 
@@ -409,14 +449,25 @@ def test_a_missing_secret_is_named(write: Write, account: str, part: str) -> Non
         ('auth = "headers"', 'auth = "headers" needs headers, headers_file or headers_env'),
         ('auth = "headers"\nheaders_env = "H"', "line 2 of the given headers is no"),
         ('auth = "bearer"\ntoken_file = "none"', "token_file"),
+        ('headers = { X-User = "{user}" }', "the header X-User has a {…} that is neither {login}"),
+        ('ca_file = "none.pem"', "none.pem: it cannot be read"),
+        ('ca_file = "listener.toml"', "listener.toml holds no certificates; it must be PEM"),
+        ('verify = "maybe"', "environments.e.verify must be true or false (false accepts any"),
     ],
 )
 def test_an_environment_that_cannot_log_in(write: Write, lines: str, part: str) -> None:
     """What an environment needs for its way of logging in is asked for where the environment stands."""
     path = write("listener.toml", f"[environments.e]\nbase_url = 'http://e'\n{lines}\n")
     (problem,) = _problems(path, {"H": f"A: b\n{SECRET}"})
-    assert problem.startswith(f"{path}:1: ")
+    assert problem.startswith((f"{path}:1: ", f"{path}:3: "))
     assert part in problem
+
+
+def test_an_address_holds_no_password(write: Write) -> None:
+    """A user and password in the address would be shown wherever the address is."""
+    path = write("listener.toml", BASIC.replace("://", f"://me:{SECRET}@"))
+    (problem,) = _problems(path)
+    assert "environments.prod.base_url: it must hold no user and no password" in problem
 
 
 def test_an_unknown_environment_is_named(write: Write) -> None:
@@ -492,7 +543,7 @@ def test_wrong_rows_are_named_by_file_and_line(write: Write) -> None:
         [
             "2 values for 4 columns",
             "this row lacks login",
-            "start_contact_center_session: should be a valid boolean",
+            ": start_contact_center_session must be true or false (true LOGS",
             'no [environments."prd"]; did you mean "prod"?',
             f"good is already an account of prod, at {csv}:2",
             "account none lacks password_file",
@@ -506,6 +557,7 @@ def test_wrong_rows_are_named_by_file_and_line(write: Write) -> None:
     ("text", "line", "part"),
     [
         ("environment,lgoin\n", 1, 'there is no column "lgoin"; did you mean "login"?'),
+        ("login,environment,login\n", 1, 'the column "login" is there twice; keep one'),
         ("login,tenant\n", 1, "the header row lacks the column environment"),
         ("", 1, "the header row lacks the column environment"),
         ('environment,login\nprod,"a\n', 2, "this is not CSV"),
