@@ -647,7 +647,7 @@ class _Loading:
         except (ssl.SSLError, ValueError):
             self.problem(
                 ("environments", name, "ca_file"),
-                f"ca_file {path} holds no certificates; it must be PEM, with lines BEGIN CERTIFICATE",
+                f"ca_file {path}: no certificates can be read from it; it must be PEM (BEGIN CERTIFICATE)",
             )
 
     def _header_lines(self, name: str, text: str) -> dict[str, SecretStr]:

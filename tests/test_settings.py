@@ -451,7 +451,7 @@ def test_a_missing_secret_is_named(write: Write, account: str, part: str) -> Non
         ('auth = "bearer"\ntoken_file = "none"', "token_file"),
         ('headers = { X-User = "{user}" }', "the header X-User has a {…} that is neither {login}"),
         ('ca_file = "none.pem"', "none.pem: it cannot be read"),
-        ('ca_file = "listener.toml"', "listener.toml holds no certificates; it must be PEM"),
+        ('ca_file = "listener.toml"', "listener.toml: no certificates can be read from it"),
         ('verify = "maybe"', "environments.e.verify must be true or false (false accepts any"),
     ],
 )
