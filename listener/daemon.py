@@ -18,9 +18,10 @@ import signal
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
+from typing import TypeVar
 
 import structlog
 from msgspec import Struct
@@ -30,13 +31,14 @@ from listener.adapters.cometd import Endpoint, Line
 from listener.adapters.genesys import GenesysClient
 from listener.core.calls import Recorded
 from listener.core.session import Delivered, Fact, Gap
-from listener.coverage import SNAPSHOTS_AT_ONCE_MAX, UP, Ledger, Watch
+from listener.coverage import REFUSED, SNAPSHOTS_AT_ONCE_MAX, UP, Ledger, Watch
 from listener.errors import ListenerError, SettingsError, StoreError, StoreUnavailable
 from listener.metrics import Metrics
 from listener.operations import Operations
 from listener.pipeline import Pipeline
 from listener.settings import Account, Environment, Log, Settings
 from listener.store import migrate
+from listener.store.claim import Claim
 from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
 
@@ -58,6 +60,9 @@ PARTITIONS_S = 24 * 3600.0
 
 NOT_UP_SHOWN_MAX = 20
 """How many accounts /-/ready names; of more it says how many."""
+
+
+_Opened = TypeVar("_Opened")
 
 
 class _Running(Struct):
@@ -197,11 +202,16 @@ class Daemon:
             )
             await stack.enter_async_context(operations)
             dsn = await stack.enter_async_context(self._store())
-            journal = await self._open_journal(dsn)
-            if journal is None:
+            claim = await self._until_there(lambda: Claim.take(dsn))
+            if claim is None:
                 return
-            stack.push_async_callback(_close, journal)
-            await self._listen(journal, operations.port)
+            async with asyncio.TaskGroup() as tasks:
+                holding = tasks.create_task(self._hold(dsn, claim), name="claim")
+                journal = await self._until_there(lambda: Journal.open(dsn))
+                if journal is not None:
+                    stack.push_async_callback(_close, journal)
+                    await self._listen(journal, operations.port)
+                holding.cancel()
 
     @asynccontextmanager
     async def _store(self) -> AsyncIterator[str]:
@@ -217,12 +227,12 @@ class Daemon:
         finally:
             await asyncio.to_thread(embedded.stop)
 
-    async def _open_journal(self, dsn: str) -> Journal | None:
+    async def _until_there(self, open_: Callable[[], Awaitable[_Opened]]) -> _Opened | None:
         """Waits for a database that is not there yet; None when told to stop meanwhile."""
         wait_s = STORE_RETRY_S
         while not self._stopping.is_set():
             try:
-                return await Journal.open(dsn)
+                return await open_()
             except StoreUnavailable as error:
                 self._starting = f"the database does not answer: {error}"
                 self._log.error("the database does not answer", error=str(error), retry_s=wait_s)
@@ -231,6 +241,24 @@ class Daemon:
                         await self._stopping.wait()
                 wait_s = min(wait_s * 2, STORE_RETRY_S_MAX)
         return None
+
+    async def _hold(self, dsn: str, claim: Claim) -> None:
+        """Keeps the claim; raises StoreError, which ends the daemon, when another listener has taken it
+        while the database was away."""
+        while True:
+            try:
+                await claim.lost()
+            finally:
+                await claim.release()
+            claim = await self._claimed_again(dsn)
+
+    async def _claimed_again(self, dsn: str) -> Claim:
+        """Takes the claim as soon as the database answers; the pipeline says meanwhile that it does not."""
+        while True:
+            try:
+                return await Claim.take(dsn)
+            except StoreUnavailable:
+                await asyncio.sleep(STORE_RETRY_S)
 
     async def _listen(self, journal: Journal, port: int) -> None:
         limits = self.settings.limits
@@ -340,11 +368,16 @@ class Daemon:
         except Exception:  # noqa: BLE001 - whatever was wrong with the settings, those that run are right
             self._log.exception("not reloaded; everything goes on as it was")
             return
+        for section in ("store", "operations", "limits", "log"):
+            if getattr(settings, section) != getattr(self.settings, section):
+                self._log.warning("takes effect at the next start", section=section)
         self.settings = settings
         self._log.info("reloaded", accounts=len(self._accounts))
 
     async def _follow(self, settings: Settings, works: _Works, *, first: bool = False) -> None:
         """Makes the running accounts those of `settings`. Whatever it raises, nothing was changed."""
+        if not settings.accounts:
+            raise SettingsError("there are no accounts: add some, or stop the daemon if that is meant")
         wanted = {account.name: account for account in settings.accounts}
         gone = [
             running
@@ -352,6 +385,8 @@ class Daemon:
             if name not in wanted
             or running.settings != wanted[name]
             or running.environment != settings.environment(wanted[name])
+            # Whoever reloads may have mended the account at the server: it need not wait for its turn.
+            or running.watch.state == REFUSED
         ]
         new = [account for name, account in wanted.items() if name not in self._accounts]
         changed = [wanted[running.settings.name] for running in gone if running.settings.name in wanted]
@@ -557,8 +592,19 @@ def calm_collector() -> None:
     gc.freeze()
 
 
+class _Bridge(logging.Handler):
+    """Writes what libraries say to the standard library's logging as lines of ours, without tracebacks: what
+    matters of a failure is said by whoever meets it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        extra = {"error": f"{type(error).__name__}: {error}"} if error is not None else {}
+        structlog.get_logger().log(record.levelno, record.getMessage(), logger=record.name, **extra)
+
+
 def log_to_stderr(log: Log) -> None:
-    """Makes structlog write to standard error, as JSON lines or as text."""
+    """Makes structlog write to standard error, as JSON lines or as text, and libraries through it."""
+    logging.basicConfig(handlers=[_Bridge()], level=logging.WARNING, force=True)
     renderer: structlog.types.Processor = structlog.processors.JSONRenderer(sort_keys=False)
     if log.format == "text":
         renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from listener.core.calls import Outcome
-from listener.errors import SettingsError
+from listener.errors import SettingsError, StoreError
 from listener.settings import Settings, Store
 from listener.simulator.centre import Simulator
 from listener.simulator.scripts import CALLS_CHANNEL
@@ -216,7 +216,7 @@ async def test_an_account_that_is_back_before_its_removal_was_written_stays(
                 await connection.close()
 
 
-@pytest.mark.parametrize("why", ["refused", "no certificates", "a defect"])
+@pytest.mark.parametrize("why", ["refused", "no certificates", "no accounts", "a defect"])
 async def test_settings_that_are_wrong_change_nothing(database: str, tmp_path: Path, why: str) -> None:
     """Whatever is wrong with them: everything that runs goes on, with the same sessions."""
     async with centre(accounts=2) as simulator:
@@ -231,6 +231,8 @@ async def test_settings_that_are_wrong_change_nothing(database: str, tmp_path: P
                     raise SettingsError("listener.toml:3: there is no such setting")
                 if why == "a defect":
                     raise ZeroDivisionError
+                if why == "no accounts":
+                    return right.model_copy(update={"accounts": ()})
                 (tmp_path / "ca.pem").write_text("no certificate")
                 return settings_for(
                     simulator,
@@ -319,6 +321,40 @@ async def test_a_wrong_password_disturbs_nobody_and_shows(database: str, sql: as
     heard = type(truth)({login: truth.accounts[login] for login in right}, truth.calls)
     assert (await compare(database, heard)).check().missing == 0
     assert (await causes(sql, wrong))[-2:] == ["login refused", "stopped"]
+
+
+async def test_a_reload_tries_a_refused_account_at_once(database: str) -> None:
+    """Whoever reloads may have mended the account at the contact centre: its turn would come in a minute."""
+    async with centre(accounts=2) as simulator:
+        refused, _ = simulator.accounts
+        simulator.accounts[refused].refused = True
+        async with InProcess(settings_for(simulator, database)).running(up=False) as listener:
+            await simulator.subscribed(1)
+            await until(lambda: [":" in reason for reason in listener.daemon.not_ready()] == [True])
+            await until(lambda: "login refused" in listener.daemon.not_ready()[0])
+            before = sessions(simulator)
+            simulator.accounts[refused].refused = False
+            listener.daemon.reload()
+            await until(lambda: not listener.daemon.not_ready())
+            after = sessions(simulator)
+            assert after[refused]
+            assert {login: ids for login, ids in after.items() if login != refused} == {
+                login: ids for login, ids in before.items() if login != refused
+            }
+
+
+async def test_a_second_daemon_on_one_database_is_refused(database: str) -> None:
+    """It says who is there, stores nothing twice, and the first one does not notice."""
+    async with centre(accounts=1) as simulator:
+        settings = settings_for(simulator, database)
+        async with InProcess(settings).running() as first:
+            before = sessions(simulator)
+            with pytest.raises(ExceptionGroup) as refusal:
+                async with InProcess(settings).running():
+                    pytest.fail("the second daemon runs")
+            assert refusal.group_contains(StoreError, match="Another listener writes to this database")
+            assert first.daemon.not_ready() == []
+            assert sessions(simulator) == before
 
 
 class Stumbling:
