@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 from msgspec import Struct
@@ -266,6 +266,35 @@ class Watch:
     `end` when the account is listened to no more.
     """
 
+    __slots__ = (  # one for each account, of which there are thousands
+        "_acknowledges",
+        "_announced",
+        "_answered_at",
+        "_answers",
+        "_behind_since",
+        "_clock",
+        "_closing",
+        "_ended",
+        "_gap",
+        "_ledger",
+        "_observer",
+        "_owed",
+        "_pause",
+        "_pipeline",
+        "_settled_s",
+        "_slow",
+        "_snapshot",
+        "_snapshot_channel",
+        "_subscribed_at",
+        "_tasks",
+        "_turn",
+        "_undurable",
+        "account",
+        "name",
+        "state",
+        "trouble",
+    )
+
     def __init__(
         self,
         account: int,
@@ -299,7 +328,6 @@ class Watch:
         self._settled_s = settled_s
         self._clock = clock
         self._pause = pause
-        self._log = structlog.get_logger().bind(account=name)
         self._gap: _Gap | None = _Gap(since, cause, None)
         self._ended = False
         self._acknowledges = False
@@ -313,6 +341,11 @@ class Watch:
         self._slow: datetime | None = None
         self._behind_since: datetime | None = None
         self._stand(STARTING)
+
+    @property
+    def _log(self) -> Any:
+        """Made when there is something to say, which is seldom: thousands of loggers would only wait."""
+        return structlog.get_logger().bind(account=self.name)
 
     # What was heard
 

@@ -70,6 +70,19 @@ class GenesysClient:
     one that lists the live calls. A request may take `request_s`. `wall` is the time of day.
     """
 
+    __slots__ = (  # one for each account, of which there are thousands
+        "_authorization",
+        "_base_url",
+        "_csrf",
+        "_jar",
+        "_me_path",
+        "_request_s",
+        "_start_session",
+        "_tls",
+        "_wall",
+        "snapshot_path",
+    )
+
     def __init__(
         self,
         base_url: str,
