@@ -31,6 +31,7 @@ TESTED_ELSEWHERE = {
     "store/batch": "tests/store/test_journal.py: half of the journal, without a face of its own",
     "store/ledger": "tests/store/test_coverage.py",
     "store/migrate": "tests/test_migrations.py",
+    "store/rows": "tests/store/test_journal.py: the other half",
     "store/schema": "tests/test_migrations.py compares it with what the migrations make",
 }
 """Modules without a test file of their name, and where they are tested instead, or why not."""
