@@ -2,6 +2,8 @@
 
 import io
 import json
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,14 +20,13 @@ LATER = NOON + timedelta(minutes=2)
 
 
 @pytest.fixture(autouse=True)
-def _utc(monkeypatch: pytest.MonkeyPatch) -> None:
+def _utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Local time is UTC, so that what is printed does not depend on the machine."""
-    monkeypatch.setattr(answers, "_local", _in_utc)
-
-
-def _in_utc(at: datetime, *, milliseconds: bool = False) -> str:
-    text = at.astimezone(UTC).strftime("%H:%M:%S")
-    return f"{text}.{at.microsecond // 1000:03d}" if milliseconds else text
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "UTC")
+        time.tzset()
+        yield
+    time.tzset()
 
 
 def _call(**other: Any) -> Call:
@@ -64,8 +65,8 @@ def _page(*found: Found, observed: float = 1.0, after: str | None = None) -> Pag
     return Page(found, after, observed, NOON, LATER)
 
 
-def _shown(show: Any, *arguments: Any, **options: Any) -> str:
-    out = Console(file=io.StringIO(), width=answers.WIDTH_ELSEWHERE, highlight=False)
+def _shown(show: Any, *arguments: Any, width: int = answers.WIDTH_ELSEWHERE, **options: Any) -> str:
+    out = Console(file=io.StringIO(), width=width, highlight=False)
     show(*arguments, out, **options)
     assert isinstance(out.file, io.StringIO)
     return out.file.getvalue()
@@ -100,16 +101,59 @@ def test_a_list_of_calls() -> None:
     """A row says who, with whom, how long and how it ended; below stands what was observed."""
     text = _shown(show_calls, _page(_found(), observed=0.987, after="123-4711"))
     (row,) = [line for line in text.splitlines() if "4711" in line and "agent5001" in line]
-    words = "4711 12:00:00 agent5001 5001 → 5002 5002, ([bold]5003) Released 4.2 s 2:05 answered"
+    words = "4711 2026-03-02 12:00:00 agent5001 5001 → 5002 5002, ([bold]5003) Released 4.2 s 2:05 answered"
     assert " ".join(row.split()) == words
-    assert "1 call; observed: 98.7 % of the time from 12:00:00 to 12:02:00" in text
+    assert "1 call; observed: 98.7 % of the time from 2026-03-02 12:00:00 to 2026-03-02 12:02:00" in text
     assert "there are more: --after 123-4711" in text
+
+
+def _wide_page(*opened_at: datetime) -> Page:
+    """Calls between international numbers, one with an inferred end: wider than most."""
+    parties = (Party(0, "+12025550113", "", "", "", NOON, LATER), Party(1, "5003", "", "", "", NOON, NOON))
+    figures: dict[str, Any] = {"phone_number": "+12025550112", "number": "+12025550113", "parties": parties}
+    ended = {"settled": "inferred: no longer live", "ended_at": None, "outcome": Outcome.UNANSWERED}
+    return _page(
+        *(_found(id=1_234_567, opened_at=at, **figures, hold_count=1, hold_s=3.0) for at in opened_at),
+        _found(id=1_234_568, opened_at=NOON, **figures, **ended),
+    )
+
+
+@pytest.mark.parametrize("width", [*range(24, 80, 7), 80, 81, 99, 100, 120, 140, 200])
+@pytest.mark.parametrize("opened_at", [NOON, NOON - timedelta(days=1)])
+def test_a_list_is_never_cut(width: int, opened_at: datetime) -> None:
+    """At any width a row has its id, time, both numbers, everybody on it, and how it ended."""
+    text = _shown(show_calls, _wide_page(opened_at), width=width)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for part in ("1234567", "1234568", "12:00:00", "(5003)", "answered", "unanswered", "(inferred)"):
+        assert part in text, part
+    assert text.count("2026-03-02") >= 1
+    assert text.count("+12025550112") == 2
+    assert text.count("+12025550113") == 4
+
+
+def test_at_80_columns_a_call_is_one_line() -> None:
+    """Narrow, the day stands above, and what tells least is left out and said to be."""
+    lines = _shown(show_calls, _page(_found(), _found(id=4712)), width=80).splitlines()
+    assert lines[0] == "2026-03-02"
+    rows = [" ".join(line.split()) for line in lines if line.lstrip().startswith("47")]
+    assert rows == [
+        f"{id} 12:00:00 agent5001 5001 → 5002 5002, ([bold]5003) Released answered" for id in (4711, 4712)
+    ]
+    assert "too narrow for: hold, ring, talk; a wider terminal or -o json shows them" in lines
+
+
+def test_wide_enough_nothing_is_left_out() -> None:
+    """At 200 columns all is there, the date with each call."""
+    text = _shown(show_calls, _wide_page(NOON))
+    assert "too narrow" not in text
+    assert text.count("2026-03-02 12:00:00") == 2 + 1
 
 
 def test_no_calls_are_not_no_observation() -> None:
     """An empty answer still says whether anybody listened."""
     assert _shown(show_calls, _page(observed=0.0)) == (
-        "no calls; observed: 0 % of the time from 12:00:00 to 12:02:00\n"
+        "no calls; observed: 0 % of the time from 2026-03-02 12:00:00 to 2026-03-02 12:02:00\n"
     )
 
 
@@ -155,13 +199,15 @@ def test_a_timeline() -> None:
             raw=b"{}",
         ),
     )
-    text = _shown(show_timeline, Timeline(_found(parent_call_id="uuid-0"), moments, 1.0))
+    timeline = Timeline(_found(parent_call_id="uuid-0"), moments, 1.0)
+    text = _shown(show_timeline, timeline, everything=True)
     for part in (
         "call 4711 of agent5001: outbound, 5001 → 5002, Released, answered, ring 4.2 s, talk 2:05",
+        "began   2026-03-02 12:00:00",
         "uuid-1, conn-1",
         "consult belongs to uuid-0",
-        "5002 joined 12:00:00, left 12:02:00",
-        "[bold]5003 (RoleNewParty) joined 12:00:00, left 12:01:00",
+        "5002 joined 2026-03-02 12:00:00, left 2026-03-02 12:02:00",
+        "[bold]5003 (RoleNewParty) joined 2026-03-02 12:00:00, left 2026-03-02 12:01:00",
         "Segment = Gold",
         'Nested = {"a":[1,2]}',
         "Long = " + "x" * (answers.VALUE_CHARS_MAX - 1) + "…",
@@ -180,20 +226,81 @@ def test_a_timeline() -> None:
         assert part in text, part
 
 
-def test_coverage_and_its_gaps() -> None:
-    """Each stretch with its length; with gaps only, those observed are left out."""
-    middle = NOON + timedelta(seconds=90)
-    stretches = (
-        Stretch("agent5001", "north", NOON, middle, ""),
-        Stretch("agent5001", "north", middle, LATER, "session lost"),
+@pytest.mark.parametrize("width", [80, 140, 200])
+def test_a_timeline_is_never_cut(width: int) -> None:
+    """At any usual width the time, the seconds, the message and all changes are whole."""
+    raw = (Altered("user_data", "Key", None, "v" * 55), Altered("capabilities", "", [], ["Hold"]))
+    name = "CallRecordingStateChange"
+    moment = Moment(LATER, None, 9, "", name, Source.COMETD, "/v2/me/calls", raw, (), b"{}")
+    text = _shown(show_timeline, Timeline(_found(), (moment,), 1.0), width=width)
+    (row,) = [line for line in text.splitlines() if name in line]
+    assert row.split()[:3] == ["12:02:00.000", "2:00", name]
+    table = text[text.index("heard") :]
+    assert table.count("v") == 55 + 1  # and that of "observed"
+    assert "…" not in table
+
+
+def test_capabilities_only_when_asked_for() -> None:
+    """What an agent may do changes with every message: left out, and said to be."""
+    changes = (
+        Altered("capabilities", "", ["Hold"], ["Retrieve"]),
+        Altered("state", "", "Held", "Established"),
     )
-    coverage = Coverage(NOON, LATER, stretches, 0.75, {"session lost": 30.0})
-    text = _shown(show_coverage, coverage, gaps_only=False)
-    assert "1:30" in text
-    assert [line.split()[-1] for line in text.splitlines() if "agent5001" in line] == ["observed", "lost"]
-    assert "not observed, session lost: 30.0 s of all accounts together" in text
+    moment = Moment(LATER, None, 9, "", "StatusChange", Source.COMETD, "/v2/me/calls", changes, (), b"{}")
+    timeline = Timeline(_found(), (moment,), 1.0)
+    short, whole = (_shown(show_timeline, timeline, everything=each) for each in (False, True))
+    assert "+Retrieve" not in short
+    assert "1 change of capabilities left out; --all shows all" in short
+    assert "+Retrieve -Hold" in whole
+    assert "--all" not in whole
+
+
+def test_a_call_over_midnight_has_dates() -> None:
+    """Where the day above is not the day of all messages, each has its own."""
+    moment = Moment(NOON + timedelta(days=1), None, 9, "", "X", Source.COMETD, "", (), (), b"{}")
+    assert "2026-03-03 12:00:00.000" in _shown(show_timeline, Timeline(_found(), (moment,), 1.0), width=80)
+
+
+def _coverage(*accounts: str) -> Coverage:
+    """Of each account: observed for a minute, a gap told in two rows, observed again."""
+    at = [NOON + timedelta(seconds=each) for each in (0, 60, 75, 90, 120)]
+    causes = ("", "session lost", "session lost", "")
+    stretches = tuple(
+        Stretch(account, "north", since, until, cause)
+        for account in accounts
+        for since, until, cause in zip(at, at[1:], causes, strict=False)
+    )
+    return Coverage(NOON, LATER, stretches, 0.75, {"session lost": 30.0 * len(accounts)})
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_coverage_account_by_account(width: int) -> None:
+    """A row for each account: its share, how many gaps, the longest and why, and how it is now."""
+    text = _shown(show_coverage, _coverage("agent5001", "agent5002"), width=width)
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert "account observed gaps longest gap its cause now" in rows
+    assert "agent5001 75 % 1 30.0 s session lost observed" in rows
+    assert "agent5002 75 % 1 30.0 s session lost observed" in rows
+    assert "not observed, session lost: 1:00 of all accounts together" in rows
     assert "observed: 75 % of the time" in text
-    gaps = _shown(show_coverage, coverage, gaps_only=True)
+
+
+def test_coverage_that_never_broke() -> None:
+    """An account without a gap has none that is the longest; the end of the asked time has its name."""
+    coverage = Coverage(NOON, LATER, (Stretch("agent5001", "north", NOON, LATER, ""),), 1.0, {})
+    text = _shown(show_coverage, coverage, last="at the end")
+    assert "agent5001 100 % 0 observed" in [" ".join(line.split()) for line in text.splitlines()]
+    assert "at the end" in text
+
+
+def test_coverage_and_its_gaps() -> None:
+    """Each stretch with its length, neighbours of one cause as one; or only those not observed."""
+    text = _shown(show_coverage, _coverage("agent5001"), each=True)
+    rows = [line for line in text.splitlines() if "agent5001" in line]
+    assert [line.split()[-1] for line in rows] == ["observed", "lost", "observed"]
+    assert "30.0 s" in rows[1]
+    assert "not observed, session lost: 30.0 s\n" in text
+    gaps = _shown(show_coverage, _coverage("agent5001"), gaps_only=True)
     assert [line.split()[-1] for line in gaps.splitlines() if "agent5001" in line] == ["lost"]
 
 
