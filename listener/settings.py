@@ -143,7 +143,7 @@ class Account(_Section):
 
     environment: str = Field(description="the NAME of one of the [environments.NAME]")
     login: str = Field(min_length=1, description="the login at the GWS")
-    name: str = Field("", description="how pages and metrics call it; the login where it is not given")
+    name: str = Field("", description="how tables and the log call it; the login where it is not given")
     password: SecretStr | None = Field(None, description="the password, or the account's own bearer token")
     password_file: Path | None = Field(None, description="a file that holds the password")
     password_env: str | None = Field(None, description="the name of a variable that holds the password")
