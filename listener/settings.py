@@ -374,8 +374,15 @@ def _anchor(values: dict[str, Any], base: Path) -> None:
                     table[key] = str(base / Path(table[key]).expanduser())
 
 
-def _from_variables(variables: Mapping[str, str], places: dict[str, str]) -> _Source:
-    """Read what is given by name, in the environment or as files of a directory; both have one spelling."""
+def _from_variables(variables: Mapping[str, str], places: dict[str, str]) -> tuple[_Source, list[str]]:
+    """Read what is given by name, in the environment or as files of a directory; both have one spelling.
+
+    Also give the problems of those that are empty: what somebody forgot to fill in is no value.
+    """
+    empty = [
+        f"{places[name]} is empty; give a value, or leave it out" for name in variables if not variables[name]
+    ]
+    variables = {name: value for name, value in variables.items() if value}
     source = EnvSettingsSource(Settings)
     source.env_vars = {name.lower(): value for name, value in variables.items()}
     try:
@@ -389,7 +396,7 @@ def _from_variables(variables: Mapping[str, str], places: dict[str, str]) -> _So
     for name in variables:
         path: tuple[str, ...] = tuple(name.lower().removeprefix(PREFIX.lower()).split("__"))
         keys[path] = places[name]
-    return _Source(values, keys)
+    return _Source(values, keys), empty
 
 
 def _source_field(error: SourceError, places: dict[str, str]) -> str:
@@ -401,7 +408,7 @@ def _top(variable: str) -> str:
     return variable.lower().removeprefix(PREFIX.lower()).split("__")[0]
 
 
-def _environment_source(environ: Mapping[str, str]) -> _Source:
+def _environment_source(environ: Mapping[str, str]) -> tuple[_Source, list[str]]:
     ours = {
         name: value
         for name, value in environ.items()
@@ -426,19 +433,15 @@ def _secrets_source(directory: Path | None, said_by: str) -> tuple[_Source, list
         if name.startswith(PREFIX) and _top(name) in Settings.model_fields:
             places[name] = f"secret file {path}"
             try:
-                text = _read(path, SECRET_BYTES_MAX).strip()
+                variables[name] = _read(path, SECRET_BYTES_MAX).strip()
             except _Unreadable as error:
                 problems.append(f"{path}: {error}")
-                continue
-            if text:
-                variables[name] = text
-            else:
-                problems.append(f"{places[name]} is empty; write its value, or remove the file")
         elif name.startswith(PREFIX):
             problems.append(f"{path}: there is no such setting{_meant_setting(name, '__', 'listener_')}")
         elif "__" in name and _top(name) in Settings.model_fields:
             problems.append(f"{path}: a secret file needs the prefix: name it listener_{path.name}")
-    return _from_variables(variables, places), problems
+    source, empty = _from_variables(variables, places)
+    return source, problems + empty
 
 
 def _flags_source(overrides: Mapping[str, str]) -> tuple[_Source, list[str]]:
@@ -450,7 +453,8 @@ def _flags_source(overrides: Mapping[str, str]) -> tuple[_Source, list[str]]:
         if _top(name) not in Settings.model_fields
     ]
     known = {name: overrides[dotted] for name, dotted in flags.items() if _top(name) in Settings.model_fields}
-    return _from_variables(known, {name: f"flag --set {flags[name]}" for name in known}), problems
+    source, empty = _from_variables(known, {name: f"flag --set {flags[name]}" for name in known})
+    return source, problems + empty
 
 
 def _unknown_variables(environ: Mapping[str, str], merged: dict[str, Any]) -> list[str]:
@@ -534,6 +538,8 @@ def _sentence(kind: str, message: str, key: Key) -> str:
     called = f"[[accounts]] {name}" if key[0] == "accounts" and len(key) > 2 else ".".join(map(str, key))
     if kind.startswith("bool_"):
         return f"{called} must be true or false ({cure})"
+    if kind in ("int_parsing", "float_parsing"):
+        return f"{called} must be a {'whole ' if kind == 'int_parsing' else ''}number; write {cure}"
     if kind == "string_too_short":
         return f"{called} is empty; write {cure}"
     said = message.removeprefix("Value error, ").removeprefix("Input ")
@@ -839,8 +845,9 @@ def load(
     toml = _Source({}) if path is None else _from_toml(path)
     flags, problems = _flags_source(overrides or {})
     secrets, unusable = _secrets_source(secrets_dir, said_by)
-    problems += unusable
-    sources = [flags, _environment_source(environ), secrets, toml]
+    variables, empty = _environment_source(environ)
+    problems += unusable + empty
+    sources = [flags, variables, secrets, toml]
     merged: dict[str, Any] = {}
     for source in reversed(sources):
         merged = _merge(merged, source.values)
