@@ -9,22 +9,26 @@ with --debug, or for what should not happen.
 
 import argparse
 import asyncio
+import difflib
+import errno
 import json
+import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from listener import __version__
 from listener.errors import ListenerError, RemoteError, SettingsError, StoreError
 
 if TYPE_CHECKING:
     from listener.settings import Settings
-    from listener.store.history import History
+    from listener.store.history import Coverage, History, Page
 
 T = TypeVar("T")
 
@@ -35,6 +39,11 @@ STORE = 3
 REMOTE = 4
 INTERNAL = 70
 INTERRUPTED = 130
+
+LIMIT_MAX = 1000
+"""Calls in one list; `listener.store.history` has the same bound, and is too slow to import for --help."""
+
+PORT_MAX = 65535
 
 DECODE_BYTES_MAX = 256 * 2**20
 """Input of `decode`; a larger one is refused rather than half read."""
@@ -93,6 +102,69 @@ def _moment(text: str) -> datetime:
         return moment(text, now)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+# ── Values ────────────────────────────────────────────────────────────────────────────────────────────
+
+_PUNCTUATION = frozenset("-()./\N{NON-BREAKING HYPHEN}\N{EN DASH}")
+_PLACE = re.compile(r"\d{1,17}-\d{1,18}")
+"""How a list says where it ended: microseconds and an id, both as large as they come."""
+
+
+def dialable(text: str) -> str:
+    """A number as it is stored: without the blanks and punctuation that people write into one.
+
+    What has letters is no number but a name, and stays as it is. Raises ValueError where there is no digit.
+    """
+    if any(each.isalpha() for each in text):
+        return text
+    bare = "".join(each for each in text if not each.isspace() and each not in _PUNCTUATION)
+    if not any(each.isdecimal() for each in bare):
+        raise ValueError(f"{text!r} has no digit; write 5001 or +12025550112")
+    return bare
+
+
+def _number(text: str) -> str:
+    try:
+        return dialable(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _state(text: str) -> str:
+    """A known state in any case; Genesys may know more, and they are taken as typed."""
+    from listener.core.calls import State
+
+    return next((state.value for state in State if state.casefold() == text.casefold()), text)
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    bounds = f"{least} to {most}" if most is not None else f"a whole number from {least} on"
+
+    def read(text: str) -> int:
+        if re.fullmatch(r"[+-]?[0-9]{1,18}", text) and least <= int(text) <= (most or sys.maxsize):
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{bounds}, not {text!r}")
+
+    return read
+
+
+def _above_0(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"a number above 0, not {text!r}")
+    return value
+
+
+def _place(text: str) -> str:
+    if not _PLACE.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not where a list ended; take it from below the list before"
+        )
+    return text
 
 
 # ── decode ────────────────────────────────────────────────────────────────────────────────────────────
@@ -167,19 +239,26 @@ def _told(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decode(options: argparse.Namespace) -> int:
+    name = "standard input" if options.file == "-" else options.file
     try:
         if options.file == "-":
+            if sys.stdin.isatty():
+                print("listener: reading standard input; Ctrl-D ends it", file=sys.stderr)
             content = sys.stdin.buffer.read(DECODE_BYTES_MAX + 1)
         else:
             with Path(options.file).open("rb") as file:
                 content = file.read(DECODE_BYTES_MAX + 1)
     except OSError as error:
-        raise SettingsError(f"{options.file}: it cannot be read ({error.strerror})") from None
+        raise SettingsError(f"{name}: it cannot be read ({error.strerror})") from None
     if len(content) > DECODE_BYTES_MAX:
-        raise SettingsError(f"{options.file}: larger than {DECODE_BYTES_MAX} bytes; split it")
+        raise SettingsError(f"{name}: larger than {DECODE_BYTES_MAX} bytes; split it")
+    messages = split_messages(content)
+    if not messages:
+        print(f"listener: {name}: empty: no message in it", file=sys.stderr)
+        return NEGATIVE
     now = datetime.now(UTC)  # noqa: TID251 - stands in for a time that the file does not have
     recognised = True
-    for line in decoded_lines(split_messages(content), now):
+    for line in decoded_lines(messages, now):
         print(json.dumps(line, ensure_ascii=False))
         recognised = recognised and line["kind"] != "unrecognised"
     return OK if recognised else NEGATIVE
@@ -188,7 +267,18 @@ def _decode(options: argparse.Namespace) -> int:
 # ── Configuration and database ────────────────────────────────────────────────────────────────────────
 
 
+NO_ACCOUNT = (
+    "there is no account to listen to: write a listener.toml after deploy/listener.example.toml, "
+    "or see it all work with `make demo`"
+)
+
+
 def _settings(options: argparse.Namespace) -> "Settings":
+    return _found_settings(options)[1]
+
+
+def _found_settings(options: argparse.Namespace) -> tuple[Path | None, "Settings"]:
+    """The settings and the file they are from; None where there is no file."""
     from listener.settings import DEMO_CONFIG, find, load
 
     path = find(options.config, os.environ)
@@ -200,12 +290,16 @@ def _settings(options: argparse.Namespace) -> "Settings":
         if not equals:
             raise SettingsError(f"--set {given}: write it as --set section.key=value")
         overrides[key.strip()] = value
-    return load(path, overrides, secrets_dir=options.secrets_dir)
+    return path, load(path, overrides, secrets_dir=options.secrets_dir)
 
 
 def _check_config(options: argparse.Namespace) -> int:
-    settings = _settings(options)
-    print(f"ok: {len(settings.environments)} environments, {len(settings.accounts)} accounts")
+    path, settings = _found_settings(options)
+    if path is None and not settings.accounts:
+        raise SettingsError(f"no listener.toml was found, and {NO_ACCOUNT}")
+    counts = ((len(settings.environments), "environment"), (len(settings.accounts), "account"))
+    told = ", ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
+    print(f"{path or 'no file'}: ok, {told}")
     return OK
 
 
@@ -260,12 +354,40 @@ def _answer(options: argparse.Namespace, ask: Callable[["History"], Awaitable[T]
         return asyncio.run(asked(dsn))
 
 
+async def _all_known(history: "History", options: argparse.Namespace) -> None:
+    """Raise where an account or tenant was asked for that never was: a misspelt name is no empty answer."""
+    just_now = datetime.now(UTC) - timedelta(seconds=1)  # noqa: TID251 - whoever is watched now
+
+    async def unknown(kind: str, name: str) -> None:
+        chosen: Any = {"accounts": [name]} if kind == "account" else {"tenant": name}
+        # First the present ones, which is cheap; then those that were removed.
+        for since in (just_now, None):
+            if (await history.coverage(since=since, **chosen)).stretches:
+                return
+        there = {getattr(stretch, kind) for stretch in (await history.coverage(since=just_now)).stretches}
+        near = difflib.get_close_matches(name, there - {""}, n=1, cutoff=0.5)
+        cure = f"did you mean {near[0]}?" if near else "`listener coverage` lists them"
+        raise ListenerError(f'there is no {kind} "{name}"; {cure}')
+
+    for name in options.account:
+        await unknown("account", name)
+    if options.tenant is not None:
+        await unknown("tenant", options.tenant)
+
+
+def _period_checked(options: argparse.Namespace) -> None:
+    if options.since is not None and options.until is not None and options.until < options.since:
+        raise SettingsError("--until is before --since: exchange them")
+
+
 def _calls(options: argparse.Namespace) -> int:
     from listener.answers import as_json, console, show_calls
 
-    page = _answer(
-        options,
-        lambda history: history.calls(
+    _period_checked(options)
+
+    async def ask(history: "History") -> "Page":
+        await _all_known(history, options)
+        return await history.calls(
             since=options.since,
             until=options.until,
             accounts=options.account,
@@ -276,8 +398,9 @@ def _calls(options: argparse.Namespace) -> int:
             number_ends=options.number_ends,
             limit=options.limit,
             after=options.after,
-        ),
-    )
+        )
+
+    page = _answer(options, ask)
     if options.output == "json":
         print(as_json(page))
     else:
@@ -293,7 +416,7 @@ def _call(options: argparse.Namespace) -> int:
         print(as_json(timelines))
     else:
         for timeline in timelines:
-            show_timeline(timeline, console())
+            show_timeline(timeline, console(), everything=options.all)
     if not timelines:
         print(f"listener: no call is known as {options.id}; `listener calls` lists them", file=sys.stderr)
     return OK if timelines else NEGATIVE
@@ -302,16 +425,25 @@ def _call(options: argparse.Namespace) -> int:
 def _coverage(options: argparse.Namespace) -> int:
     from listener.answers import as_json, console, show_coverage
 
-    coverage = _answer(
-        options,
-        lambda history: history.coverage(
+    _period_checked(options)
+
+    async def ask(history: "History") -> "Coverage":
+        await _all_known(history, options)
+        return await history.coverage(
             since=options.since, until=options.until, accounts=options.account, tenant=options.tenant
-        ),
-    )
+        )
+
+    coverage = _answer(options, ask)
     if options.output == "json":
         print(as_json(coverage))
     else:
-        show_coverage(coverage, console(), gaps_only=options.gaps)
+        show_coverage(
+            coverage,
+            console(),
+            each=bool(options.account),
+            gaps_only=options.gaps,
+            last="now" if options.until is None else "at the end",
+        )
     return OK if coverage.stretches else NEGATIVE
 
 
@@ -323,10 +455,7 @@ def _run(options: argparse.Namespace) -> int:
 
     settings = _settings(options)
     if not settings.accounts:
-        raise SettingsError(
-            "there is no account to listen to: write a listener.toml after deploy/listener.example.toml, "
-            "or see it all work with `make demo`"
-        )
+        raise SettingsError(NO_ACCOUNT)
     run(settings, reread=lambda: _settings(options))
     return OK
 
@@ -373,7 +502,14 @@ def _simulate(options: argparse.Namespace) -> int:
         told = truth.as_json()
         return {key: told[key] for key in ("sent", "accepted", "unsubscribed", "undelivered", "outcomes")}
 
-    print(json.dumps(asyncio.run(play())))
+    try:
+        told = asyncio.run(play())
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        why = "it is taken" if error.errno == errno.EADDRINUSE else "it needs a privilege"
+        raise SettingsError(f"--port {options.port}: {why}; name another, or 0 for any free one") from None
+    print(json.dumps(told))
     return OK
 
 
@@ -382,9 +518,9 @@ def _demo(options: argparse.Namespace) -> int:
 
     given = options.seconds if options.seconds is not None else os.environ.get("DEMO_SECONDS")
     try:
-        seconds = float(given) if given else None
-    except ValueError:
-        raise SettingsError(f"DEMO_SECONDS={given}: write a number of seconds, such as 20") from None
+        seconds = _above_0(given) if isinstance(given, str) and given else given or None
+    except argparse.ArgumentTypeError:
+        raise SettingsError(f"DEMO_SECONDS={given}: write a number of seconds above 0, such as 20") from None
     return Demo(options.directory, seconds=seconds, accounts=options.accounts, rate=options.rate).run()
 
 
@@ -392,11 +528,30 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with examples kept as they are written."""
+    """argparse, with examples kept as they are written, and what was misspelt said by the command itself."""
 
     def __init__(self, **kwargs: Any) -> None:
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(**{"formatter_class": layout, "allow_abbrev": False, **kwargs})
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse, but it refuses what it does not know: else the root would, with its own usage."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(option, self._option_string_actions, n=1)
+            self.error(f"unknown: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+        return known, []
+
+    def error(self, message: str) -> NoReturn:
+        """Usage and the sentence on standard error, exit code 2."""
+        if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            choices = re.findall(r"[\w-]+", wrong[2])
+            if near := difflib.get_close_matches(wrong[1], choices, n=1):
+                message += f"; did you mean {near[0]}?"
+        super().error(message.removeprefix("argument "))
 
 
 def _shared(*, top: bool) -> _Parser:
@@ -459,14 +614,14 @@ def parser() -> argparse.ArgumentParser:
         "  listener demo --seconds 20   ends by itself; exit code 1 if anything that was sent is missing\n",
     )
     demo.add_argument(
-        "--seconds", type=float, help="end after so long; else DEMO_SECONDS, else Ctrl-C ends it"
+        "--seconds", type=_above_0, help="end after so long; else DEMO_SECONDS, else Ctrl-C ends it"
     )
     demo.add_argument(
         "--directory", type=Path, default=Path(".demo"), metavar="DIR", help="where all of it is kept (.demo)"
     )
-    demo.add_argument("--accounts", type=int, default=40, help="accounts (40)")
+    demo.add_argument("--accounts", type=_whole(1), default=40, help="accounts (40)")
     demo.add_argument(
-        "--rate", type=float, default=50.0, help="notifications per second, of all accounts (50)"
+        "--rate", type=_above_0, default=50.0, help="notifications per second, of all accounts (50)"
     )
 
     simulate = command(
@@ -477,18 +632,22 @@ def parser() -> argparse.ArgumentParser:
         "/simulator/stats tell the same over HTTP; POST /simulator/faults makes something go wrong.\n\n"
         "example:\n  listener simulate --port 8090 --accounts 3 --rate 10 --fault drop_mid_reply=0.01\n",
     )
-    simulate.add_argument("--port", type=int, default=0, help="where to listen on 127.0.0.1 (any free port)")
-    simulate.add_argument("--accounts", type=int, default=20, help="accounts: agent5000, agent5001, … (20)")
-    simulate.add_argument("--rate", type=float, default=50.0, help="notifications per second (50)")
+    simulate.add_argument(
+        "--port", type=_whole(0, PORT_MAX), default=0, help="where to listen on 127.0.0.1 (any free port)"
+    )
+    simulate.add_argument(
+        "--accounts", type=_whole(1), default=20, help="accounts: agent5000, agent5001, … (20)"
+    )
+    simulate.add_argument("--rate", type=_above_0, default=50.0, help="notifications per second (50)")
     simulate.add_argument("--seed", type=int, default=1, help="the same seed says the same (1)")
-    simulate.add_argument("--seconds", type=float, help="play so long, let the calls end, and leave")
+    simulate.add_argument("--seconds", type=_above_0, help="play so long, let the calls end, and leave")
     simulate.add_argument(
         "--dialect",
         default="mixed",
         help="v2, v2-strings, v2-connid, v3, or mixed (mixed)",
     )
     simulate.add_argument(
-        "--calls-per-account", type=int, default=1, help="calls of one account at a time (1)"
+        "--calls-per-account", type=_whole(1), default=1, help="calls of one account at a time (1)"
     )
     simulate.add_argument("--no-ack", action="store_true", help="without CometD's acknowledgement extension")
     simulate.add_argument("--no-websocket", action="store_true", help="long-polling only")
@@ -553,7 +712,9 @@ def _questions(command: Callable[..., argparse.ArgumentParser]) -> None:
         _calls,
         "list calls: who, with whom, how long, and how it ended",
         "Below the list stands which share of the time was observed: no call and nobody listening differ.\n"
-        "Participants who left before the call ended are in brackets. Exit code 1 if there is none.\n\n"
+        "Participants are everybody except the account itself; who left before the call ended is in\n"
+        "brackets. A terminal shows the columns that fit, -o json everything. Exit code 1 if there is\n"
+        "none.\n\n"
         "examples:\n"
         "  listener calls --number 5001 --since 1h         to or from 5001, or with it on the call\n"
         "  listener calls --live                           what goes on now\n"
@@ -561,31 +722,42 @@ def _questions(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     period(calls)
     calls.add_argument(
-        "--number", help="a whole number: of the account, the other party, or anybody on the call"
+        "--number",
+        type=_number,
+        help="a whole number: of the account, the other party, or anybody on the call; "
+        "blanks and -()./ in it do not count",
     )
-    calls.add_argument("--number-ends", metavar="DIGITS", help="the last digits of one")
-    calls.add_argument("--state", help="Ringing, Dialing, Established, Held, Released, Completed, …")
+    calls.add_argument("--number-ends", type=_number, metavar="DIGITS", help="the last digits of one")
+    calls.add_argument(
+        "--state", type=_state, help="Ringing, Dialing, Established, Held, Released, Completed, …"
+    )
     calls.add_argument("--live", action="store_true", help="only those that go on now")
-    calls.add_argument("--limit", type=int, default=50, help="how many, up to 1000, newest first (50)")
-    calls.add_argument("--after", metavar="PLACE", help="go on where a list before ended")
+    calls.add_argument(
+        "--limit", type=_whole(1, LIMIT_MAX), default=50, help="how many, 1 to 1000, newest first (50)"
+    )
+    calls.add_argument("--after", type=_place, metavar="PLACE", help="go on where a list before ended")
     output(calls)
 
     call = command(
         "call",
         _call,
         "tell all that happened on a call: every message and what it changed",
+        "Changes of its capabilities come with each message: --all shows them, and -o json.\n"
         "Exit code 1 if no call is known by that id.\n\nexample:\n  listener call 4711\n",
     )
     call.add_argument(
         "id", metavar="ID", help="its id in the list, or any id that the contact centre gave it"
     )
+    call.add_argument("--all", action="store_true", help="also the changes of its capabilities")
     output(call)
 
     coverage = command(
         "coverage",
         _coverage,
-        "tell when each account was observed, and when not and why",
-        "examples:\n  listener coverage --since 1d --gaps\n  listener coverage --account agent5001 -o json\n",
+        "tell how much of the time each account was observed, and when not and why",
+        "One row for each account; with --account or --gaps one for each stretch of time.\n\n"
+        "examples:\n  listener coverage --since 1d\n  listener coverage --since 1d --gaps\n"
+        "  listener coverage --account agent5001 -o json\n",
     )
     period(coverage)
     coverage.add_argument("--gaps", action="store_true", help="only when it was not observed")
@@ -608,9 +780,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is has an exit code
         if options.debug:
-            raise
+            traceback.print_exc()
         return _failed(error)
     return code
 
