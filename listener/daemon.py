@@ -229,18 +229,21 @@ class Daemon:
 
     async def _until_there(self, open_: Callable[[], Awaitable[_Opened]]) -> _Opened | None:
         """Waits for a database that is not there yet; None when told to stop meanwhile."""
-        wait_s = STORE_RETRY_S
-        while not self._stopping.is_set():
-            try:
-                return await open_()
-            except StoreUnavailable as error:
-                self._starting = f"the database does not answer: {error}"
-                self._log.error("the database does not answer", error=str(error), retry_s=wait_s)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(wait_s):
-                        await self._stopping.wait()
-                wait_s = min(wait_s * 2, STORE_RETRY_S_MAX)
-        return None
+        opened: list[_Opened] = []
+
+        async def attempts() -> None:
+            wait_s = STORE_RETRY_S
+            while not opened:
+                try:
+                    opened.append(await open_())
+                except StoreUnavailable as error:
+                    self._starting = f"the database does not answer: {error}"
+                    self._log.error("the database does not answer", error=str(error), retry_s=wait_s)
+                    await asyncio.sleep(wait_s)
+                    wait_s = min(wait_s * 2, STORE_RETRY_S_MAX)
+
+        await self._until_stopped(attempts())
+        return opened[0] if opened else None
 
     async def _hold(self, dsn: str, claim: Claim) -> None:
         """Keeps the claim; raises StoreError, which ends the daemon, when another listener has taken it
@@ -621,13 +624,3 @@ def log_to_stderr(log: Log) -> None:
         ),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
     )
-    logging.basicConfig(handlers=[_Libraries()], level=logging.WARNING, force=True)
-
-
-class _Libraries(logging.Handler):
-    """What libraries warn of, in our own form: a bare traceback is no line of JSON."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        structlog.get_logger().log(
-            record.levelno, record.getMessage(), library=record.name, exc_info=record.exc_info
-        )

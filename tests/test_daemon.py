@@ -426,6 +426,28 @@ async def test_it_can_be_stopped_while_it_waits_for_the_database(
             await task
 
 
+async def test_it_can_be_stopped_while_the_database_says_nothing() -> None:
+    """Something takes the connection and never answers: a start waits for it, and a stop does not."""
+    connected = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connected.set()
+        while await reader.read(1024):
+            pass
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, centre(accounts=1) as simulator:
+        running = InProcess(settings_for(simulator, f"postgresql://somebody@127.0.0.1:{port}/listener"))
+        task = asyncio.get_running_loop().create_task(running.daemon.serve())
+        async with asyncio.timeout(5):
+            await connected.wait()
+        running.daemon.stop()
+        async with asyncio.timeout(3):
+            await task
+
+
 async def test_ready_names_the_database_and_the_accounts_that_are_not_up(
     fragile: Fragile, fragile_database: str
 ) -> None:
