@@ -6,7 +6,6 @@ the asked time was observed, because "no call" and "nobody listened" are differe
 """
 
 import base64
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -22,7 +21,7 @@ from listener.core.calls import Call, Direction
 from listener.store.history import Altered, Coverage, Found, Odd, Page, Stretch, Timeline
 
 WIDTH_ELSEWHERE = 200
-"""Columns where standard output is no terminal and COLUMNS is not set: nothing useful is left out."""
+"""Columns where standard output is no terminal: wide enough that nothing useful is left out."""
 PARTICIPANTS_CHARS = 24
 """Participants go on on the next line beyond so many characters, rather than that another column goes."""
 TITLE_CHARS_MAX = 30
@@ -36,9 +35,8 @@ _STATES = {"Ringing": "yellow", "Dialing": "cyan", "Established": "green", "Held
 def console() -> Console:
     """A console for standard output, as it is now."""
     found = Console(highlight=False)
-    if found.is_terminal or os.environ.get("COLUMNS", "").isdecimal():
-        return found
-    return Console(highlight=False, width=WIDTH_ELSEWHERE)
+    # COLUMNS would not do elsewhere: Python's readline sets it to 80 for every child, asked for or not.
+    return found if found.is_terminal else Console(highlight=False, width=WIDTH_ELSEWHERE)
 
 
 def as_json(answer: Page | Coverage | Iterable[Timeline]) -> str:

@@ -9,10 +9,12 @@ Everything is kept in one directory, so that questions can be asked afterwards.
 """
 
 import asyncio
+import ctypes
 import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections import deque
@@ -29,7 +31,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from listener.core.calls import Call
+from listener.core.calls import Call, Direction
 from listener.errors import ListenerError, RemoteUnavailable, SettingsError
 from listener.settings import DEMO_CONFIG
 from listener.store import migrate
@@ -55,7 +57,7 @@ ROWS_MAX = 200
 """Calls that a picture asks for; a terminal shows fewer."""
 INTERRUPTED = 130
 """What a shell calls a process that Ctrl-C ended."""
-MISSING_SHOWN_MAX = 20
+PROBLEMS_SHOWN_MAX = 20
 POLL_S = 0.1
 
 
@@ -114,10 +116,21 @@ def lost(truth: Mapping[str, Any], kept: Mapping[str, Kept]) -> int:
     )
 
 
+def surplus(truth: Mapping[str, Any], kept: Mapping[str, Kept]) -> list[str]:
+    """A sentence for each account of which more is stored than was sent to it: something counted twice, or
+    another listener writes into the same database."""
+    return [
+        f"{login}: {sent['accepted']} notifications were sent, {kept[login].notifications} are stored"
+        for login, sent in truth["accounts"].items()
+        if login in kept and kept[login].notifications > sent["accepted"]
+    ]
+
+
 def missing(
     truth: Mapping[str, Any], kept: Mapping[str, Kept], calls: Mapping[str, Sequence[Call]]
 ) -> list[str]:
-    """Compare what the contact centre sent with what is stored; a sentence for each difference.
+    """Compare what the contact centre sent with what is stored; a sentence for each thing that is not there,
+    or not as it was. What is there and was not sent is `surplus`.
 
     `truth` is the simulator's; `kept` and `calls` are by account. Messages that nobody was subscribed to
     are no loss of the listener's, and a call of which some were so is left out.
@@ -125,11 +138,11 @@ def missing(
     found = []
     for login, sent in truth["accounts"].items():
         has = kept.get(login, Kept(0, ""))
-        if has.notifications != sent["accepted"]:
+        if has.notifications < sent["accepted"]:
             found.append(
                 f"{login}: {sent['accepted']} notifications were sent, {has.notifications} are stored"
             )
-        elif has.notifications and has.digest != sent["digest"]:
+        elif has.notifications == sent["accepted"] > 0 and has.digest != sent["digest"]:
             found.append(
                 f"{login}: the stored notifications are not the bytes that were sent, in their order"
             )
@@ -171,7 +184,34 @@ def _merged(pairs: Iterable[Sequence[Any]]) -> dict[str, Any]:
     return {key: each[0] if len(each) == 1 else each for key, each in values.items()}
 
 
+def invocation(started_as: str) -> str:
+    """How to start the command that runs now once more, given its own name for itself."""
+    if Path(started_as).suffix == ".py":
+        return f"{shlex.quote(sys.executable)} -m listener"
+    return shlex.quote(started_as)
+
+
 # ── Processes ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+_PR_SET_PDEATHSIG = 1
+"""Of Linux' prctl(2)."""
+
+
+def _ends_with(parent: int) -> Callable[[], None] | None:
+    """What a child does before it begins, so that it is told to end when `parent` is gone, however that
+    went: kill -9 leaves nobody else to tell it. None where the system has no such thing; there it stays."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+
+    def tie() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            # It was gone before we asked.
+            os._exit(1)
+
+    return tie
 
 
 class _Child:
@@ -195,6 +235,7 @@ class _Child:
                 stdout=output,
                 stderr=asyncio.subprocess.STDOUT,
                 process_group=0,
+                preexec_fn=_ends_with(os.getpid()),
             )
         return cls(name, process, log)
 
@@ -281,15 +322,28 @@ def headline(now: Pulse) -> str:
     """Say it in one line."""
     lag = "–" if now.lag_ms is None else f"{now.lag_ms:.1f} ms"
     return (
-        f"{now.heard} notifications, {now.per_second:.0f}/s, lag p99 {lag}, "
-        f"sessions up {now.up}/{now.accounts}, calls going on {now.open_calls}"
+        f"{now.heard} heard, {now.per_second:.0f}/s, lag p99 {lag}, "
+        f"sessions up {now.up}/{now.accounts}, open calls {now.open_calls}"
     )
+
+
+def _from_to(call: Call) -> str:
+    """Who called whom, as `listener calls` says it."""
+    own, other = call.phone_number or "?", call.number or "?"
+    if call.direction == Direction.INBOUND:
+        own, other = other, own
+    return f"{own} {'–' if call.direction == Direction.UNKNOWN else '→'} {other}"
+
+
+def _others(call: Call) -> str:
+    """Who else was on it, once each, in order."""
+    return ", ".join(dict.fromkeys(party.number for party in call.parties if party.number != call.number))
 
 
 def picture(now: Pulse, found: Sequence[Found], at: datetime, height: int) -> Group:
     """Draw the table of calls: those that go on, and those that ended last, as many as fit."""
     table = Table(expand=True, header_style="bold", border_style="dim", pad_edge=False)
-    for title in ("account", "state", "number", "participants", "how long", "outcome"):
+    for title in ("account", "state", "call", "also on it", "how long", "outcome"):
         table.add_column(title, no_wrap=True, justify="right" if title == "how long" else "left")
     for each in found[: max(1, height - 6)]:
         call = each.call
@@ -298,13 +352,13 @@ def picture(now: Pulse, found: Sequence[Found], at: datetime, height: int) -> Gr
         table.add_row(
             each.account,
             state,
-            call.number or "",
-            ", ".join(party.number for party in call.parties),
+            _from_to(call),
+            _others(call),
             f"{max(0.0, (until - call.opened_at).total_seconds()):.0f} s",
             call.outcome or "",
             style="" if call.open else "dim",
         )
-    return Group(Text(f"listener · {headline(now)}", style="bold"), table)
+    return Group(Text(headline(now), style="bold"), table)
 
 
 # ── The demo ──────────────────────────────────────────────────────────────────────────────────────────
@@ -424,9 +478,10 @@ class Demo:
         kept = await self._settled(history, truth, began)
         last = scrape(await _asked(http, f"{pages}/metrics"))
         code = await daemon.stop()
-        found = missing(truth, kept, await _calls_since(history, began))
+        found = [f"MISSING: {each}" for each in missing(truth, kept, await _calls_since(history, began))]
+        found += [f"SURPLUS: {each}" for each in surplus(truth, kept)]
         if code != 0:
-            found.append(f"`listener run` ended with exit code {code}; see {daemon.log}")
+            found.append(f"FAILED: `listener run` ended with exit code {code}; see {daemon.log}")
         self._summary(truth, kept, first, last, found)
         return 1 if found else 0
 
@@ -514,16 +569,16 @@ class Demo:
         self._say(f"lost            {lost(truth, kept)}")
         self._say(f"duplicates      {round(total(last, 'listener_duplicates_total'))}")
         self._say(f"wire to commit  p50 {p50}, p99 {p99}")
-        for problem in found[:MISSING_SHOWN_MAX]:
-            self._say(f"MISSING: {problem}")
-        if len(found) > MISSING_SHOWN_MAX:
-            self._say(f"and {len(found) - MISSING_SHOWN_MAX} more")
+        for problem in found[:PROBLEMS_SHOWN_MAX]:
+            self._say(problem)
+        if len(found) > PROBLEMS_SHOWN_MAX:
+            self._say(f"and {len(found) - PROBLEMS_SHOWN_MAX} more")
         if not found:
             self._say("all that was sent is in the database, byte for byte, and every call as it was")
         config = self.directory / "listener.toml"
         option = "" if config == DEMO_CONFIG else f" -c {config}"
         self._say(f"\nIt is kept in {self.directory}. Ask:")
-        self._say(f"  .venv/bin/listener calls{option} --number 5001 --since 1h")
+        self._say(f"  {invocation(sys.argv[0])} calls{option} --number 5001 --since 1h")
 
 
 async def _board(history: History) -> list[Found]:

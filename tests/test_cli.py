@@ -41,7 +41,7 @@ COMMANDS = ("run", "demo", "simulate", "decode", "calls", "call", "coverage", "d
 def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run in an empty directory, with no setting of the machine's."""
     monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("LISTENER_") or name == "COLUMNS"]:
+    for name in [name for name in os.environ if name.startswith("LISTENER_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr("listener.settings.CONFIG_FILES", (Path("listener.toml"),))
 

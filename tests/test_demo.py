@@ -1,10 +1,12 @@
 """The demo: its arithmetic, its comparison, and one whole run of the real command."""
 
 import hashlib
+import io
 import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,12 +18,25 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
 from listener.core.calls import Call, Direction, Outcome, Party, Source
-from listener.demo import lost, missing, pulse, quantile, scrape, total
+from listener.demo import (
+    Pulse,
+    headline,
+    invocation,
+    lost,
+    missing,
+    picture,
+    pulse,
+    quantile,
+    scrape,
+    surplus,
+    total,
+)
 from listener.metrics import Metrics
 from listener.store.embedded import Embedded
-from listener.store.history import Kept
+from listener.store.history import Found, Kept
 
 NOON = datetime(2026, 3, 2, 12, tzinfo=UTC)
 
@@ -154,7 +169,6 @@ def test_nothing_is_missing() -> None:
     [
         ({}, "4 notifications were sent, 0 are stored", 4),
         ({"agent": Kept(3, "")}, "4 notifications were sent, 3 are stored", 1),
-        ({"agent": Kept(5, "")}, "4 notifications were sent, 5 are stored", 0),
         (
             {"agent": Kept(4, _digest(b"1", b"3", b"2", b"4"))},
             "not the bytes that were sent, in their order",
@@ -163,11 +177,59 @@ def test_nothing_is_missing() -> None:
     ],
 )
 def test_missing_notifications(kept: dict[str, Kept], part: str, count: int) -> None:
-    """Too few, too many, and others than were sent are each named, by account."""
+    """Too few, and others than were sent, are each named, by account."""
     (problem,) = missing(_truth(), kept, {"agent": [_call()]})
     assert problem.startswith("agent: ")
     assert part in problem
     assert lost(_truth(), kept) == count
+
+
+def test_more_than_was_sent_is_not_missing() -> None:
+    """What nobody sent is a surplus and no loss; and the other way round."""
+    more = {"agent": Kept(5, "")}
+    assert surplus(_truth(), more) == ["agent: 4 notifications were sent, 5 are stored"]
+    assert missing(_truth(), more, {"agent": [_call()]}) == []
+    assert lost(_truth(), more) == 0
+    assert surplus(_truth(), KEPT) == surplus(_truth(), {}) == []
+
+
+@pytest.mark.parametrize(
+    ("started_as", "command"),
+    [
+        ("/opt/listener/bin/listener", "/opt/listener/bin/listener"),
+        ("/opt/my listener/bin/listener", "'/opt/my listener/bin/listener'"),
+        ("/opt/listener/__main__.py", f"{shlex.quote(sys.executable)} -m listener"),
+    ],
+)
+def test_the_hint_names_the_command_that_runs(started_as: str, command: str) -> None:
+    """What a person is told to type works wherever it was installed."""
+    assert invocation(started_as) == command
+
+
+@pytest.mark.parametrize(
+    ("direction", "call"),
+    [
+        (Direction.OUTBOUND, "5001 → 15242"),
+        (Direction.INBOUND, "15242 → 5001"),
+        (Direction.UNKNOWN, "5001 – 15242"),
+    ],
+)
+def test_the_picture_fits_a_terminal(direction: Direction, call: str) -> None:
+    """At 80 columns: who called whom, who else is on it, and the figures of a large site in one line."""
+    parties = (Party(0, "15242", "", "", "", NOON, NOON), Party(1, "5003", "", "", "", NOON, None))
+    found = Found(
+        "agent5001", "", _call(phone_number="5001", number="15242", direction=direction, parties=parties)
+    )
+    now = Pulse(1_234_567, 1234.0, 123.4, 1000, 1000, 1000)
+    out = Console(file=io.StringIO(), width=80)
+    out.print(picture(now, [found], NOON, 24))
+    assert isinstance(out.file, io.StringIO)
+    lines = out.file.getvalue().splitlines()
+    assert lines[0].rstrip() == headline(now)
+    (row,) = [line for line in lines if "agent5001" in line]
+    assert call in row
+    assert row.count("15242") == 1
+    assert "5003" in row
 
 
 @pytest.mark.parametrize(
@@ -215,6 +277,12 @@ def _command(directory: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "listener", "demo", *options, *more]
 
 
+def _processes_of(directory: Path) -> list[list[str]]:
+    """The command lines of what runs there."""
+    there = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+    return [words for words in there if words and str(directory) in " ".join(words)]
+
+
 def test_a_whole_demo(directory: Path) -> None:
     """It starts everything, loses nothing, says so, and can be asked afterwards."""
     done = subprocess.run(
@@ -253,7 +321,7 @@ def test_interrupted_in_a_terminal(directory: Path) -> None:
                     shown += os.read(ours, 65536)
                 except OSError:  # the other side is closed
                     break
-            if not interrupted and shown.count(b"participants") > 3:
+            if not interrupted and shown.count(b"also on it") > 3:
                 demo.send_signal(signal.SIGINT)
                 interrupted = True
         os.close(ours)
@@ -262,5 +330,40 @@ def test_interrupted_in_a_terminal(directory: Path) -> None:
     assert "sessions up 6/6" in text
     assert "agent5001" in text
     assert re.search(r"^lost +0\r$", text, re.MULTILINE)
-    left = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
-    assert [words for words in left if words and str(directory) in " ".join(words)] == []
+    assert _processes_of(directory) == []
+
+
+_PARENT = """\
+import asyncio, os, signal, sys
+from pathlib import Path
+from listener.demo import _Child
+
+async def play():
+    child = await _Child.start("simulate", ["simulate", "--idle", "--accounts=1"], Path(sys.argv[1]))
+    await child.said(lambda line: "url" in line)
+    print(child._process.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(play())
+"""
+
+
+def test_children_end_with_their_parent(tmp_path: Path) -> None:
+    """A demo that is killed with -9 leaves no contact centre behind."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PARENT, str(tmp_path / "log")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    child = int(done.stdout)
+    try:
+        psutil.wait_procs([psutil.Process(child)], timeout=10)
+    except psutil.NoSuchProcess:
+        return
+    alive = psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE
+    if alive:
+        os.kill(child, signal.SIGKILL)
+    assert not alive
