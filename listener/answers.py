@@ -109,9 +109,11 @@ def _participants(call: Call) -> str:
     )
 
 
-def _from_to(call: Call) -> str:
-    """Who called whom; where the beginning was not heard, a dash says only that they are connected."""
-    own, other = call.phone_number or "?", call.number or "?"
+def _from_to(found: Found) -> str:
+    """Who called whom; where the beginning was not heard, a dash says only that they are connected. Where no
+    message told the account's number, its name stands for it."""
+    call = found.call
+    own, other = call.phone_number or found.account, call.number or "?"
     match call.direction:
         case Direction.OUTBOUND:
             return f"{own} → {other}"
@@ -176,7 +178,7 @@ def _row(found: Found) -> dict[str, str]:
         "id": str(call.id),
         "began": _local(call.opened_at),
         "account": found.account,
-        "call": _from_to(call),
+        "call": _from_to(found),
         "participants": _participants(call),
         "state": call.state,
         "ring": seconds(call.ring_s),
@@ -303,7 +305,7 @@ def show_timeline(timeline: Timeline, out: Console, *, everything: bool = False)
 
 def _summary(found: Found) -> str:
     call = found.call
-    parts = [call.direction, escape(_from_to(call)), _state(call)]
+    parts = [call.direction, escape(_from_to(found)), _state(call)]
     if outcome := _outcome(call):
         parts.append(outcome)
     figures = [

@@ -327,9 +327,10 @@ def headline(now: Pulse) -> str:
     )
 
 
-def _from_to(call: Call) -> str:
+def _from_to(found: Found) -> str:
     """Who called whom, as `listener calls` says it."""
-    own, other = call.phone_number or "?", call.number or "?"
+    call = found.call
+    own, other = call.phone_number or found.account, call.number or "?"
     if call.direction == Direction.INBOUND:
         own, other = other, own
     return f"{own} {'–' if call.direction == Direction.UNKNOWN else '→'} {other}"
@@ -352,7 +353,7 @@ def picture(now: Pulse, found: Sequence[Found], at: datetime, height: int) -> Gr
         table.add_row(
             each.account,
             state,
-            _from_to(call),
+            _from_to(each),
             _others(call),
             f"{max(0.0, (until - call.opened_at).total_seconds()):.0f} s",
             call.outcome or "",

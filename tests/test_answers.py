@@ -170,6 +170,12 @@ def test_who_called_whom(direction: Direction, text: str) -> None:
     assert text in _shown(show_calls, _page(_found(direction=direction)))
 
 
+def test_an_account_whose_number_nobody_told() -> None:
+    """Its name stands for it: who called it is known all the same."""
+    text = _shown(show_calls, _page(_found(phone_number=None, direction=Direction.INBOUND)), width=80)
+    assert "5002 → agent5001" in text
+
+
 def test_an_inferred_end_is_said_to_be_one() -> None:
     """A call whose end nobody heard says so beside its outcome."""
     text = _shown(show_calls, _page(_found(settled="inferred: no longer live", ended_at=None)))

@@ -232,6 +232,15 @@ def test_the_picture_fits_a_terminal(direction: Direction, call: str) -> None:
     assert "5003" in row
 
 
+def test_the_picture_names_an_account_without_a_number() -> None:
+    """Where no message told the account's number its name stands for it."""
+    out = Console(file=io.StringIO(), width=120)
+    found = Found("agent5001", "", _call(phone_number=None, number="15242"))
+    out.print(picture(pulse([(0.0, {})]), [found], NOON, 24))
+    assert isinstance(out.file, io.StringIO)
+    assert "agent5001 → 15242" in out.file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("other", "part"),
     [
