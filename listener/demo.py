@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aiohttp import ClientError, ClientSession, ClientTimeout
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -342,21 +343,30 @@ def _others(call: Call) -> str:
 
 
 def picture(now: Pulse, found: Sequence[Found], at: datetime, height: int) -> Group:
-    """Draw the table of calls: those that go on, and those that ended last, as many as fit."""
-    table = Table(expand=True, header_style="bold", border_style="dim", pad_edge=False)
-    for title in ("account", "state", "call", "also on it", "how long", "outcome"):
+    """Draw the table of calls: those that go on, and those that ended last, as many as fit. What the outcome
+    of a call implies, its last state, is not shown: at 80 columns nothing is cut."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        expand=True,
+        header_style="bold",
+    )
+    for title in ("account", "state", "call", "also on it", "how long"):
         table.add_column(title, no_wrap=True, justify="right" if title == "how long" else "left")
     for each in found[: max(1, height - 6)]:
         call = each.call
         until = call.last_heard_at if call.ended_at is None and not call.open else call.ended_at or at
-        state = Text(call.state, style=_COLOURS.get(call.state, "dim" if not call.open else "white"))
+        state = Text(
+            call.outcome or call.state, style=_COLOURS.get(call.state, "dim" if not call.open else "white")
+        )
         table.add_row(
             each.account,
             state,
             _from_to(each),
             _others(call),
             f"{max(0.0, (until - call.opened_at).total_seconds()):.0f} s",
-            call.outcome or "",
             style="" if call.open else "dim",
         )
     return Group(Text(headline(now), style="bold"), table)

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 from rich.console import Console
@@ -222,13 +223,16 @@ def test_the_picture_fits_a_terminal(direction: Direction, call: str) -> None:
     )
     now = Pulse(1_234_567, 1234.0, 123.4, 1000, 1000, 1000)
     out = Console(file=io.StringIO(), width=80)
-    out.print(picture(now, [found], NOON, 24))
+    talking = _call(phone_number="+12025550150", number="+61355509133", state="Established", outcome=None)
+    open_ = msgspec.structs.replace(talking, settled=None)
+    out.print(picture(now, [found, Found("agent5002", "", open_)], NOON, 24))
     assert isinstance(out.file, io.StringIO)
     lines = out.file.getvalue().splitlines()
     assert lines[0].rstrip() == headline(now)
     (row,) = [line for line in lines if "agent5001" in line]
     assert call in row
     assert row.count("15242") == 1
+    assert "…" not in out.file.getvalue()
     assert "5003" in row
 
 
