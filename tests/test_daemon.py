@@ -470,6 +470,44 @@ async def test_ready_names_the_database_and_the_accounts_that_are_not_up(
         (await compare(fragile_database, simulator.truth())).check()
 
 
+@pytest.mark.parametrize("ack", [True, False])
+async def test_an_outage_of_the_database_costs_a_session_that_acknowledges_nothing_but_time(
+    fragile: Fragile, fragile_database: str, ack: bool
+) -> None:
+    """PostgreSQL is away for longer than the server keeps a silent session. One that acknowledges keeps
+    itself alive: nothing is missing, and there is no gap. Without acknowledgements the backlog fills up to
+    its bound, the session waits and is lost, and what that cost lies in a gap."""
+    limits = {"backlog_bytes_max": 2**16, "batch_max": 50}
+    async with centre(accounts=12, max_interval_ms=1500, rate=1500.0, ack=ack) as simulator:
+        settings = settings_for(simulator, fragile_database, limits=limits)
+        async with InProcess(settings).running() as listener:
+            before = sessions(simulator)
+            async with fragile.away():
+                await simulator.play(seconds=3)
+                backlog = await listener.metric("listener_backlog_bytes")
+                assert "the database does not answer" in listener.daemon.not_ready()
+            await until(partial(differ, simulator, before, 0 if ack else 12))
+            await simulator.subscribed()
+            await until(listener.ready)
+            await simulator.finish()
+            await simulator.drained()
+            assert differ(simulator, before, 0 if ack else 12)
+            assert await listener.metric("listener_commit_failures_total") > 0
+        truth = simulator.truth()
+    report = (await compare(fragile_database, truth, acknowledged=ack)).check()
+    assert (report.missing == 0) is ack
+    connection = await asyncpg.connect(fragile_database)
+    try:
+        told = {login: await causes(connection, login) for login in truth.accounts}
+    finally:
+        await connection.close()
+    if ack:
+        assert set(map(tuple, told.values())) == {("not started", "", "stopped")}
+    else:
+        assert backlog >= 2**16
+        assert any("session lost" in each for each in told.values())
+
+
 # ── Stopping ──────────────────────────────────────────────────────────────────────────────────────────
 
 

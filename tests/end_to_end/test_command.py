@@ -100,7 +100,11 @@ async def test_what_it_cannot_run_with_is_one_sentence_and_an_exit_code(
             [
                 (certificates, 2, "ca.pem: no certificates can be read from it"),
                 (configuration(f'dsn = "{empty_database}"', centre), 3, "run `listener db upgrade`"),
-                (configuration('dsn = "postgresql://localhost/listener?sslmode=perhaps"', centre), 3, "The DSN cannot be used"),
+                (
+                    configuration('dsn = "postgresql://localhost/listener?sslmode=perhaps"', centre),
+                    3,
+                    "The DSN cannot be used",
+                ),
             ]
         ):
             config = tmp_path / f"{number}.toml"

@@ -38,10 +38,10 @@ async def played(simulator: Simulator) -> AsyncIterator[None]:
     await simulator.drained()
 
 
-async def behind(listener: Child) -> bool:
-    """Whether several accounts have something that is not committed: of each that acknowledges it is one
+async def behind(listener: Child, count: int = 5) -> bool:
+    """Whether so many messages are heard and not committed: of each account that acknowledges it is one
     delivery at most."""
-    return await listener.metric("listener_backlog_notifications") >= 5
+    return await listener.metric("listener_backlog_notifications") >= count
 
 
 def sent(simulator: Simulator) -> int:
@@ -147,6 +147,24 @@ def kill_postgres(place: Path) -> None:
     """Kills the bundled server as a power cut would: nothing is written any more."""
     pid = int((place / "data" / "postmaster.pid").read_text().split()[0])
     os.kill(pid, signal.SIGKILL)
+
+
+async def test_a_second_signal_ends_it_at_once(database: str, tmp_path: Path) -> None:
+    """The first waits for what cannot be stored, up to its bound; the second does not, and exits with 1."""
+    async with Simulator(SimulatorSettings(accounts=2, rate=RATE)) as simulator:
+        config = tmp_path / "listener.toml"
+        config.write_text(configuration(f'dsn = "{database}"', Centre("lab", simulator)))
+        async with child(config) as listener, uncommitted(database):
+            await simulator.play(notifications=50)
+            await until(partial(behind, listener, 1))
+            listener.signal(signal.SIGTERM)
+            await until(lambda: any(line["event"] == "stopping" for line in listener.said()))
+            await until(lambda: simulator.listening() == 0)
+            assert listener.process.returncode is None
+            listener.signal(signal.SIGTERM)
+            async with asyncio.timeout(5):
+                assert await listener.process.wait() == 1
+            assert "Traceback" not in listener.log.read_text()
 
 
 async def test_a_child_is_reloaded_and_says_everything_in_json(database: str, tmp_path: Path) -> None:
