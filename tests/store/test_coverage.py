@@ -71,6 +71,15 @@ async def test_the_past_stays_as_it_was_told(journal: Journal, sql: asyncpg.Conn
     assert await rows(sql) == [(0, 10, ""), (10, 10, "stalled"), (10, 10, ""), (10, None, "stopped")]
 
 
+async def test_turns_out_of_order_in_one_batch_are_no_way_back(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """The same where the row before is being written only now."""
+    await journal.cover([Cover(1, at(10)), Cover(1, at(5), "stalled"), Cover(1, at(7))])
+
+    assert await rows(sql) == [(10, 10, ""), (10, 10, "stalled"), (10, None, "")]
+
+
 async def test_concurrent_turns_of_one_account_are_one_after_the_other(
     journal: Journal, sql: asyncpg.Connection
 ) -> None:

@@ -43,6 +43,12 @@ async def stored(journal: Journal, *accounts: int) -> list[Call]:
     return await journal.open_calls(accounts or (1, 2))
 
 
+async def until_somebody_waits(sql: asyncpg.Connection) -> None:
+    """Until a statement of the journal waits for a lock; the test's own time-out is the bound."""
+    while not await sql.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+        pass
+
+
 # ── what is written ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -504,6 +510,37 @@ async def test_a_call_that_another_recorder_moved_on_is_read_again(
 
     assert recorded.steps[0].call.outcome is Outcome.ANSWERED
     assert await sql.fetchval("SELECT notifications FROM call") == 3
+
+
+async def test_what_is_committed_while_a_batch_waits_is_seen_by_it(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """Whether what was kept is still true is asked when the lock is held, and not before."""
+    line = Line()
+    await journal.record(line.call("Ringing"))
+    await sql.execute("BEGIN")
+    await sql.execute("UPDATE account SET heard_at = heard_at WHERE id = 1")
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(journal.record(line.call("Established")))
+        await until_somebody_waits(sql)
+        await sql.execute("UPDATE call SET state = 'Held'")
+        await sql.execute("COMMIT")
+
+    states = [change for change in waiting.result().steps[0].changes if change.field == "state"]
+    assert [(change.before, change.after) for change in states] == [("Held", "Established")]
+
+
+async def test_a_batch_that_waits_for_an_account_holds_no_later_one(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """Locks are taken in the order of the accounts' ids, whatever the order of the messages."""
+    await sql.execute("BEGIN")
+    await sql.execute("SELECT FROM account WHERE id = 1 FOR UPDATE")
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(journal.record(Line(2).call("Ringing") + Line(1).call("Ringing")))
+        await until_somebody_waits(sql)
+        await sql.execute("SELECT FROM account WHERE id = 2 FOR UPDATE NOWAIT")
+        await sql.execute("COMMIT")
 
 
 async def test_a_rolled_back_batch_is_not_remembered(journal: Journal, sql: asyncpg.Connection) -> None:
