@@ -3,12 +3,15 @@
 `python -m benchmarks.journal` prints one JSON line. All arms get the same messages, each arm of each round a
 database of its own, and the rounds go through all arms in turn, so that a busy machine slows all of them:
 
-- `a1`: one SQLAlchemy ORM session and one commit for each notification (`benchmarks.a1`);
+- `a1`: one SQLAlchemy ORM session and one commit for each notification (`benchmarks.a1`, which keeps fewer
+  facts than the journal does); the goal is stated against this one;
+- `a1_same`: the same with the journal's facts in the journal's tables (`benchmarks.orm`): for comparison, and
+  no part of any goal;
 - `b1_500`, `b1_2000`: COPY of the raw messages into a table with a primary key and a jsonb column, in
   batches, one after the other on one connection;
 - `j500`, `j2000`: bytes in memory → decoded → `Journal.record` → every table durable, idempotence included.
-  As in the daemon, two writers share the accounts among them and one event loop serves both; a batch is
-  decoded while the one before it is being written.
+  As in the daemon, several writers share the accounts among them and one event loop serves all; a batch
+  is decoded while the one before it is being written.
 
 Figures are messages per second, medians of five rounds; a ratio is the median of each round's own. To say
 where the time goes, `client_us` is the CPU of this process for a message, and `server_us` that of all of
@@ -26,6 +29,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -33,21 +37,38 @@ from uuid import uuid4
 import asyncpg
 
 from benchmarks.a1 import OneCommitEach
+from benchmarks.orm import OrmJournal
 from benchmarks.traffic import traffic
 from listener.core.calls import Entry, Heard, Recorded
 from listener.core.decode import decode
 from listener.daemon import calm_collector
+from listener.pipeline import Pipeline
 from listener.store import migrate
 from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
 
 ACCOUNTS = 100
-WRITERS = 2
+WRITERS = signature(Pipeline).parameters["writers"].default
+"""As many as the daemon has."""
 MESSAGES = 30_000
 A1_MESSAGES = 500
 WARM_UP = 50
 ROUNDS = 5
+REGISTERED = [AccountRow(f"account {n:03}", "", "bench") for n in range(ACCOUNTS)]
 GOALS = {"j500_by_a1": 60.0, "j500_by_b1": 0.28, "j2000_by_b1": 0.40}
+
+
+async def a1_same(dsn: str, heard: Sequence[Heard], began: Callable[[], None]) -> int:
+    """As `a1`, with the journal's facts in the journal's tables."""
+    async with await Journal.open(dsn) as opened:
+        await opened.register(REGISTERED)
+    writer = OrmJournal(dsn)
+    for place, each in enumerate(heard[: WARM_UP + A1_MESSAGES]):
+        if place == WARM_UP:
+            began()
+        await writer.record(Entry(each, decode(each.raw, each.channel)))
+    await writer.close()
+    return A1_MESSAGES
 
 
 async def a1(dsn: str, heard: Sequence[Heard], began: Callable[[], None]) -> int:
@@ -77,9 +98,9 @@ async def b1(dsn: str, heard: Sequence[Heard], began: Callable[[], None], *, bat
 
 
 async def journal(dsn: str, heard: Sequence[Heard], began: Callable[[], None], *, batch: int) -> int:
-    """Decoded and recorded by two writers."""
+    """Decoded, and recorded by the writers."""
     async with await Journal.open(dsn, connections=WRITERS) as opened:
-        ids = await opened.register([AccountRow(f"account {n:03}", "", "bench") for n in range(ACCOUNTS)])
+        ids = await opened.register(REGISTERED)
         assert set(ids.values()) == set(range(1, ACCOUNTS + 1))
         shards = [[each for each in heard if each.account % WRITERS == n] for n in range(WRITERS)]
 
@@ -102,6 +123,7 @@ async def journal(dsn: str, heard: Sequence[Heard], began: Callable[[], None], *
 
 ARMS: dict[str, tuple[Callable[..., Awaitable[int]], bool]] = {
     "a1": (a1, False),
+    "a1_same": (a1_same, True),
     "b1_500": (partial(b1, batch=500), False),
     "b1_2000": (partial(b1, batch=2000), False),
     "j500": (partial(journal, batch=500), True),
@@ -177,14 +199,18 @@ async def measure(server: Embedded, heard: Sequence[Heard]) -> dict[str, Any]:
     rounds = [{name: await run(server, name, heard) for name in ARMS} for _ in range(ROUNDS)]
     per_s = {name: [each[name]["per_s"] for each in rounds] for name in ARMS}
     ratios = {
-        f"{ours}_by_{measure.partition('_')[0]}": [
-            a / b for a, b in zip(per_s[ours], per_s[measure], strict=True)
-        ]
-        for ours, measure in (("j500", "a1"), ("j500", "b1_500"), ("j2000", "b1_2000"))
+        name: [a / b for a, b in zip(per_s[ours], per_s[measure], strict=True)]
+        for name, ours, measure in (
+            ("j500_by_a1", "j500", "a1"),
+            ("j500_by_a1_same", "j500", "a1_same"),
+            ("j500_by_b1", "j500", "b1_500"),
+            ("j2000_by_b1", "j2000", "b1_2000"),
+        )
     }
     return {
         "benchmark": "journal",
         "messages": len(heard),
+        "writers": WRITERS,
         "bytes_mean": round(statistics.mean(len(each.raw) for each in heard)),
         "postgresql": version,
         **{f"{name}_per_s": round(statistics.median(values)) for name, values in per_s.items()},
