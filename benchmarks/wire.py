@@ -203,9 +203,9 @@ async def _latency(dsn: str, *, one_commit_each: bool) -> list[float]:
 
 async def _play(site: Centre, measured: "_Delays | _Single") -> None:
     """A steady rate; what came while connections and caches were cold does not count."""
+    calm_collector()  # as the daemon does when it is ready
     await site.play(WARM_UP_S)
     measured.ms.clear()
-    calm_collector()  # as the daemon does when it is ready
     await site.play(LATENCY_S)
 
 
