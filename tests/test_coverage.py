@@ -155,27 +155,27 @@ class Stage:
         self.turn = asyncio.Semaphore(SNAPSHOTS_AT_ONCE_MAX)
         self.tasks = asyncio.TaskGroup()
         self.work: list[asyncio.Task[None]] = []
+        self.watches: list[Watch] = []
         self._sql = sql
 
     def watch(self, account: int = 1, *, rest: bool = True, settled_s: float = 0.0) -> "Driven":
         """A watch over an account, whose facts the test tells."""
-        return Driven(
-            self,
-            Watch(
-                account,
-                f"account {account}",
-                pipeline=self.pipeline,
-                ledger=self.ledger,
-                observer=self.counts,
-                tasks=self.tasks,
-                snapshot=self.rest.snapshot if rest else None,
-                turn=self.turn,
-                since=self.clock.wall(),
-                settled_s=settled_s,
-                clock=self.clock.steady,
-                pause=self.clock.pause,
-            ),
+        watch = Watch(
+            account,
+            f"account {account}",
+            pipeline=self.pipeline,
+            ledger=self.ledger,
+            observer=self.counts,
+            tasks=self.tasks,
+            snapshot=self.rest.snapshot if rest else None,
+            turn=self.turn,
+            since=self.clock.wall(),
+            settled_s=settled_s,
+            clock=self.clock.steady,
+            pause=self.clock.pause,
         )
+        self.watches.append(watch)
+        return Driven(self, watch)
 
     def at(self, passed_s: float) -> datetime:
         """The time of day so long after the clock began."""
@@ -274,6 +274,8 @@ async def staged(journal: Journal, sql: asyncpg.Connection, clock: Clock) -> Asy
         try:
             yield stage
         finally:
+            for watch in stage.watches:
+                watch.end(clock.wall())  # a snapshot that waits would be waited for
             for task in stage.work:
                 task.cancel()
 
