@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from listener.core.calls import Call, Direction
+from listener.core.calls import Call
 from listener.store.history import Altered, Coverage, Found, Odd, Page, Stretch, Timeline
 
 WIDTH_ELSEWHERE = 200
@@ -109,20 +109,6 @@ def _participants(call: Call) -> str:
     )
 
 
-def _from_to(found: Found) -> str:
-    """Who called whom; where the beginning was not heard, a dash says only that they are connected. Where no
-    message told the account's number, its name stands for it."""
-    call = found.call
-    own, other = call.phone_number or found.account, call.number or "?"
-    match call.direction:
-        case Direction.OUTBOUND:
-            return f"{own} → {other}"
-        case Direction.INBOUND:
-            return f"{other} → {own}"
-        case Direction.UNKNOWN:
-            return f"{own} – {other}"
-
-
 def _colour(call: Call) -> str:
     return _STATES.get(call.state, "dim" if not call.open else "white")
 
@@ -178,7 +164,7 @@ def _row(found: Found) -> dict[str, str]:
         "id": str(call.id),
         "began": _local(call.opened_at),
         "account": found.account,
-        "call": _from_to(found),
+        "call": found.who,
         "participants": _participants(call),
         "state": call.state,
         "ring": seconds(call.ring_s),
@@ -305,7 +291,7 @@ def show_timeline(timeline: Timeline, out: Console, *, everything: bool = False)
 
 def _summary(found: Found) -> str:
     call = found.call
-    parts = [call.direction, escape(_from_to(found)), _state(call)]
+    parts = [call.direction, escape(found.who), _state(call)]
     if outcome := _outcome(call):
         parts.append(outcome)
     figures = [

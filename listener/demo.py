@@ -32,7 +32,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from listener.core.calls import Call, Direction
+from listener.core.calls import Call
 from listener.errors import ListenerError, RemoteUnavailable, SettingsError
 from listener.settings import DEMO_CONFIG
 from listener.store import migrate
@@ -328,15 +328,6 @@ def headline(now: Pulse) -> str:
     )
 
 
-def _from_to(found: Found) -> str:
-    """Who called whom, as `listener calls` says it."""
-    call = found.call
-    own, other = call.phone_number or found.account, call.number or "?"
-    if call.direction == Direction.INBOUND:
-        own, other = other, own
-    return f"{own} {'–' if call.direction == Direction.UNKNOWN else '→'} {other}"
-
-
 def _others(call: Call) -> str:
     """Who else was on it, once each, in order."""
     return ", ".join(dict.fromkeys(party.number for party in call.parties if party.number != call.number))
@@ -364,7 +355,7 @@ def picture(now: Pulse, found: Sequence[Found], at: datetime, height: int) -> Gr
         table.add_row(
             each.account,
             state,
-            _from_to(each),
+            each.who,
             _others(call),
             f"{max(0.0, (until - call.opened_at).total_seconds()):.0f} s",
             style="" if call.open else "dim",

@@ -35,7 +35,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from listener.core.calls import Call, Source
+from listener.core.calls import Call, Direction, Source
 from listener.errors import StoreError
 from listener.store.connect import classified, engine, microseconds, moment
 from listener.store.ledger import NOT_STARTED, OBSERVED
@@ -79,6 +79,19 @@ class Found(Struct, frozen=True):
     account: str
     tenant: str
     call: Call
+
+    @property
+    def who(self) -> str:
+        """Who called whom; where the beginning was not heard, a dash says only that they are connected. Where
+        no message told the account's number, its name stands for it."""
+        own, other = self.call.phone_number or self.account, self.call.number or "?"
+        match self.call.direction:
+            case Direction.OUTBOUND:
+                return f"{own} → {other}"
+            case Direction.INBOUND:
+                return f"{other} → {own}"
+            case Direction.UNKNOWN:
+                return f"{own} – {other}"
 
 
 class Page(Struct, frozen=True):
