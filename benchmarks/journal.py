@@ -29,7 +29,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -42,14 +41,12 @@ from benchmarks.traffic import traffic
 from listener.core.calls import Entry, Heard, Recorded
 from listener.core.decode import decode
 from listener.daemon import calm_collector
-from listener.pipeline import Pipeline
+from listener.pipeline import WRITERS
 from listener.store import migrate
 from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
 
 ACCOUNTS = 100
-WRITERS = signature(Pipeline).parameters["writers"].default
-"""As many as the daemon has."""
 MESSAGES = 30_000
 A1_MESSAGES = 500
 WARM_UP = 50

@@ -35,7 +35,7 @@ from listener.coverage import REFUSED, SNAPSHOTS_AT_ONCE_MAX, UP, Ledger, Watch
 from listener.errors import ListenerError, SettingsError, StoreError, StoreUnavailable
 from listener.metrics import Metrics
 from listener.operations import Operations
-from listener.pipeline import Pipeline
+from listener.pipeline import WRITERS, Pipeline
 from listener.settings import Account, Environment, Log, Settings
 from listener.store import migrate
 from listener.store.claim import Claim
@@ -51,6 +51,9 @@ STORE_RETRY_S_MAX = 30.0
 
 UNFINISHED_RETRY_S = 2.0
 """When a reload waits for the database: how long until it is tried again, and how long one try may last."""
+
+CONNECTIONS = WRITERS + 1
+"""To the database: one for each writer of the pipeline, and one for coverage."""
 
 CLOSE_S = 2.0
 """How long the database may take to say goodbye; one that hangs never does."""
@@ -207,7 +210,7 @@ class Daemon:
                 return
             async with asyncio.TaskGroup() as tasks:
                 holding = tasks.create_task(self._hold(dsn, claim), name="claim")
-                journal = await self._until_there(lambda: Journal.open(dsn))
+                journal = await self._until_there(lambda: Journal.open(dsn, connections=CONNECTIONS))
                 if journal is not None:
                     stack.push_async_callback(_close, journal)
                     await self._listen(journal, operations.port)

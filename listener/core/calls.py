@@ -82,6 +82,10 @@ class Heard(Struct, frozen=True, gc=False):
     source: Source = Source.COMETD
     asked_at: datetime | None = None
     """For a snapshot: when it was asked for; what was heard since is newer than the snapshot."""
+    batch: tuple[int, int] | None = None
+    """The number of the last batch that the session had whole with this message, as CometD's `ack` extension
+    counts, and the position of that batch's last message: once this message is durable, the session can be
+    resumed from there. None where the number is not known, or the server does not acknowledge."""
 
 
 class Participant(Struct, frozen=True, gc=False):

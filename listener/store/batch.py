@@ -134,12 +134,14 @@ async def write(
         marks = await connection.fetch(rows.POSITIONS, streams, wanted)
         positions: dict[str, int] = {row["id"]: row["position"] for row in marks}
         opened: dict[str, Heard] = {}
+        latest: dict[str, Heard] = {}
         fresh = []
         for entry in entries:
             heard = entry.heard
             if heard.position > positions.get(heard.stream, 0):
                 positions[heard.stream] = heard.position
                 opened.setdefault(heard.stream, heard)
+                latest[heard.stream] = heard
                 fresh.append(entry)
         duplicates = len(entries) - len(fresh)
         work = _Work({account: kept.of(account, written_by) for account, written_by in held.items()})
@@ -149,7 +151,10 @@ async def write(
             await work.store(
                 connection,
                 [
-                    (stream, first.account, first.source, microseconds(first.received_at), positions[stream])
+                    (
+                        *(stream, first.account, first.source, microseconds(first.received_at)),
+                        *(positions[stream], *(latest[stream].batch or (None, None))),
+                    )
                     for stream, first in opened.items()
                 ],
             )

@@ -157,7 +157,7 @@ OPEN_CALLS = f"""
     WHERE c.account_id = ANY($1) AND c.ended_at IS NULL AND c.settled IS NULL ORDER BY c.id"""  # noqa: S608
 """The same of all that go on at some accounts."""
 
-STREAM = ("id", "account_id", "source", "opened_at", "position")
+STREAM = ("id", "account_id", "source", "opened_at", "position", "batch", "batch_position")
 NAME = ("alias", "account_id", "call_id")
 JOINED = ("call_id", "ordinal", "number", "e164", "formatted", "role", "joined_at", "left_at")
 LEFT = ("call_id", "ordinal", "left_at")
@@ -179,7 +179,8 @@ WRITE = f"""
     ), marked AS (
         INSERT INTO stream ({", ".join(STREAM)})
         SELECT * FROM {_unnest(schema.stream, STREAM, first=_AFTER_CALLS)}
-        ON CONFLICT (id) DO UPDATE SET position = excluded.position
+        ON CONFLICT (id) DO UPDATE SET
+            position = excluded.position, batch = excluded.batch, batch_position = excluded.batch_position
     ), named AS (
         INSERT INTO call_alias AS a ({", ".join(NAME)})
         SELECT * FROM {_unnest(schema.call_alias, NAME, first=_AFTER_CALLS + len(STREAM))}

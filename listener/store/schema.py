@@ -88,6 +88,10 @@ stream = Table(
     _words("source"),
     _moment("opened_at"),
     Column("position", BigInteger, nullable=False),
+    # What to acknowledge when the session is resumed, and the position up to which that reaches. Never older
+    # than what was acknowledged, since it is written with the messages that it covers.
+    Column("batch", BigInteger),
+    Column("batch_position", BigInteger),
     # `position` moves with every batch: room for the new version beside the old one.
     postgresql_with={"fillfactor": 50},
     comment="One Bayeux session or snapshot. What has a position up to `position` is committed.",

@@ -31,7 +31,9 @@ TABLES = (
         account_id integer NOT NULL CONSTRAINT fk_stream_account_id_account REFERENCES account,
         source text NOT NULL,
         opened_at timestamptz NOT NULL,
-        position bigint NOT NULL
+        position bigint NOT NULL,
+        batch bigint,
+        batch_position bigint
     ) WITH (fillfactor = 50)""",
     "CREATE SEQUENCE notification_id_seq AS bigint",
     """
