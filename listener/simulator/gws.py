@@ -232,6 +232,7 @@ class GwsServer:
 
     def publish(self, account: Account, message: Message) -> None:
         """Send a message to every session of the account that wants it."""
+        message.said_at_s = self._clock()
         self.broker.publish(account.login, message)
 
     def forget(self, login: str | None = None, *, answer: bool = True) -> None:
@@ -460,7 +461,7 @@ class GwsServer:
         act; None when it is over."""
         messages, delay_s = call.advance(now_s)
         for message in messages:
-            self.broker.publish(account.login, message)
+            self.publish(account, message)
         if delay_s is None:
             account.playing.remove(call)
             self.calls.extend(call.truths)

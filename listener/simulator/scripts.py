@@ -118,11 +118,11 @@ class Message:
     """One Bayeux data message, serialised once, with its place in what its account was sent.
 
     A script sets the first three; `position` (from 1, per account), `accepted` (at least one session
-    took it) and `delivered` (a session acknowledged it or, without the ack extension, it was handed to
-    the socket) are stamped by the server.
+    took it), `delivered` (a session acknowledged it or, without the ack extension, it was handed to
+    the socket) and `said_at_s` (when, in epoch seconds; 0 for a burst) are stamped by the server.
     """
 
-    __slots__ = ("accepted", "channel", "delivered", "position", "raw", "truth")
+    __slots__ = ("accepted", "channel", "delivered", "position", "raw", "said_at_s", "truth")
 
     def __init__(self, channel: str, raw: bytes, truth: CallTruth | None = None) -> None:
         self.channel = channel
@@ -131,6 +131,7 @@ class Message:
         self.position = 0
         self.accepted = False
         self.delivered = False
+        self.said_at_s = 0.0
 
 
 class Leg:

@@ -62,6 +62,9 @@ async def test_what_is_played_is_heard(start: Start, clients: Clients) -> None:
                 assert client.data == [json.loads(message.raw) for message in account.messages]
                 text = b"".join(message.raw + b"\n" for message in account.messages)
                 assert account.digest == hashlib.sha256(text).hexdigest()
+                said_at_s = [message.said_at_s for message in account.messages]
+                assert said_at_s == sorted(said_at_s)
+                assert 0 < said_at_s[0] < said_at_s[-1]
             assert all(call.finished and call.accepted == call.notifications for call in truth.calls)
 
 
