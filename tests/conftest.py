@@ -3,14 +3,14 @@
 The fixtures themselves are in `tests/support`, one module per outside thing.
 """
 
-import asyncio
 import inspect
 import os
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Iterator
 
 import pytest
 
 from tests.support.database import database, empty_database, journal, postgres, sql, template
+from tests.support.leftovers import Before, tasks_left
 from tests.support.outage import fragile, fragile_database
 from tests.support.peers import cometd_peer, faye_peer, node, tcp_proxy
 
@@ -29,24 +29,43 @@ __all__ = [
     "template",
 ]
 
-TURNS_MAX = 10
-"""Turns of the loop that a task which was just cancelled may take to end."""
+
+_LEFT = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Look what the test leaves. Autouse fixtures come first and so end last, this one after all others, when
+    also the loop is closed. What fixtures of the session made was there before."""
+    before = Before()
+    yield
+    request.node.stash[_LEFT] = before.left()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    """Fail the test that left anything; not in the fixture, since pytest would then tell the next test of the
+    warnings that nobody could catch."""
+    try:
+        yield
+    except BaseException as error:
+        for line in item.stash.get(_LEFT, []):
+            error.add_note(f"the test left behind: {line}")
+        raise
+    if left := item.stash.get(_LEFT, []):
+        pytest.fail("the test left behind:\n" + "\n".join(left), pytrace=False)
 
 
 @pytest.fixture
 async def _tasks_end() -> AsyncIterator[None]:
     """Fail the test whose tasks outlive it."""
     yield
-    left = asyncio.all_tasks() - {asyncio.current_task()}
-    for _ in range(TURNS_MAX if left else 0):
-        await asyncio.sleep(0)
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-    if left:
-        pytest.fail(f"the test left tasks behind: {sorted(str(task.get_coro()) for task in left)}")
+    if left := await tasks_left():
+        pytest.fail("the test left behind:\n" + "\n".join(left), pytrace=False)
 
 
 @pytest.fixture(autouse=True)
-def no_task_is_left_behind(request: pytest.FixtureRequest) -> None:
+def no_task_is_left_behind(request: pytest.FixtureRequest, nothing_is_left_behind: None) -> None:
     """Watch every asynchronous test; asked for first, so that it looks when all other fixtures have ended."""
     if inspect.iscoroutinefunction(getattr(request, "function", None)):
         request.getfixturevalue("_tasks_end")

@@ -17,6 +17,7 @@ import pytest
 from listener.store import migrate
 from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
+from tests.support.leftovers import connections_left
 
 THROWAWAY = {"fsync": "off", "full_page_writes": "off", "autovacuum": "off", "max_connections": "60"}
 """Autovacuum would analyse tables at moments that no test chose, and change their plans."""
@@ -36,13 +37,22 @@ async def administer(server: Embedded, *statements: str) -> None:
 
 @asynccontextmanager
 async def new_database(server: Embedded, template: str) -> AsyncIterator[str]:
-    """A database of its own, copied from the template; gives its DSN, and drops it at the end."""
+    """A database of its own, copied from the template; gives its DSN, and drops it at the end. Fails the test
+    that leaves a connection to it."""
     name = f"test_{uuid4().hex}"
     await administer(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+    left: list[str] = []
     try:
         yield server.dsn_of(name)
+        administrator = await asyncpg.connect(server.dsn)
+        try:
+            left = await connections_left(administrator, name)
+        finally:
+            await administrator.close()
     finally:
         await administer(server, f"DROP DATABASE {name} WITH (FORCE)")
+    if left:
+        pytest.fail("the test left behind:\n" + "\n".join(left), pytrace=False)
 
 
 @pytest.fixture(scope="session")
