@@ -59,6 +59,9 @@ class Source(StrEnum):
     COMETD = "cometd"
     SNAPSHOT = "snapshot"
     """A REST reply of live calls, asked for after every (re-)subscription."""
+    LISTENER = "listener"
+    """Our own finding, written into the journal like a message, so that the calls follow from the journal
+    alone: see `Closing`."""
 
 
 class Heard(Struct, frozen=True, gc=False):
@@ -81,7 +84,8 @@ class Heard(Struct, frozen=True, gc=False):
     """The exact bytes, also where they are no JSON."""
     source: Source = Source.COMETD
     asked_at: datetime | None = None
-    """For a snapshot: when it was asked for; what was heard since is newer than the snapshot."""
+    """For a snapshot: when it was asked for; what was heard since is newer than the snapshot. For a closing:
+    nothing had been heard since then of the calls that it closes."""
     batch: tuple[int, int] | None = None
     """The number of the last batch that the session had whole with this message, as CometD's `ack` extension
     counts, and the position of that batch's last message: once this message is durable, the session can be
@@ -155,6 +159,16 @@ class Snapshot(Struct, frozen=True, gc=False):
     oddities: tuple["Anomaly", ...] = ()
 
 
+class Closing(Struct, frozen=True, gc=False):
+    """Calls of one account whose end, or the end of whose wrap-up, was waited for long enough. We write it
+    ourselves (`listener.closing`): of any other `Source` it is not believed."""
+
+    calls: tuple[int, ...]
+    """The ids of the calls, as in `Call.id`."""
+    reason: str
+    """Why those that are still open are taken to have ended."""
+
+
 class Aside(Struct, frozen=True, gc=False):
     """A message that we know and that concerns no call (devices, channels, outbound, errors): kept raw."""
 
@@ -168,7 +182,7 @@ class Unrecognised(Struct, frozen=True, gc=False):
     reason: str
 
 
-Decoded = Notification | Snapshot | Aside | Unrecognised
+Decoded = Notification | Snapshot | Closing | Aside | Unrecognised
 
 
 class Anomaly(Struct, frozen=True, gc=False):
@@ -307,7 +321,8 @@ class Call(Struct, frozen=True, gc=False):
     anomalies: int = 0
     outcome: Outcome | None = None
     settled: str | None = None
-    """Why its figures will not move any more: `released`, `completed`, `inferred: …`; None while they may."""
+    """Why its figures will not move any more: `released`, `completed`, `released: …` where the end of the
+    wrap-up was not heard, `inferred: …` where the end was not; None while they may."""
 
     @property
     def open(self) -> bool:

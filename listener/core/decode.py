@@ -30,6 +30,7 @@ from msgspec import Raw, Struct
 from listener.core.calls import (
     Anomaly,
     Aside,
+    Closing,
     Decoded,
     JsonObject,
     Notification,
@@ -57,6 +58,9 @@ a message can be read, or written down again, would depend on who asks from how 
 
 ODDITIES_MAX = 20
 """A message can be odd in a million places; so many are told apart, and the rest are counted."""
+
+CALLS_CLOSED = "CallsClosed"
+"""The messageType of a `Closing`, which we write ourselves."""
 
 _NO_RAW = Raw(b"")
 _END_OF_KEY = re.compile(rb'"[ \t\r\n]*:')
@@ -86,6 +90,11 @@ class _MonitoringState(Struct, gc=False):
     state: str | None = None
 
 
+class _Closing(Struct):
+    calls: tuple[int, ...]
+    reason: str
+
+
 class _Body(Struct, gc=False):
     """Every field that we read, at whichever of the levels (message, data, call) it stands."""
 
@@ -95,6 +104,8 @@ class _Body(Struct, gc=False):
     notificationType: str | None = None  # noqa: N815
     call: "_Body | None" = None
     calls: "list[_Body] | None" = None
+    closing: Any = None
+    """Ours: what a message of the type CallsClosed says."""
     devices: Raw = _NO_RAW
     statusCode: Any = None  # noqa: N815
     statusMessage: Any = None  # noqa: N815
@@ -164,6 +175,8 @@ def _interpret(body: _Body, channel: str, oddities: list[Anomaly]) -> Decoded:
     if data.calls is not None:
         return _snapshot(data.calls, data.statusCode, heard_on, oddities)
     if data.messageType:
+        if data.messageType == CALLS_CLOSED and (closing := _closing(data.closing)) is not None:
+            return closing
         return Aside(data.messageType, data.notificationType or "")
     if data.state is not None and (data.id is not None or data.callUuid or data.connId):
         return _notification(data, data, heard_on, oddities, resource=True)
@@ -174,6 +187,24 @@ def _interpret(body: _Body, channel: str, oddities: list[Anomaly]) -> Decoded:
     if heard_on.startswith("/meta/"):
         return Aside("MetaReply", heard_on)
     return Unrecognised("a JSON object without call, calls, messageType or statusCode")
+
+
+def encode_closing(closing: Closing) -> bytes:
+    """The message that `decode` reads as this closing."""
+    return msgspec.json.encode(
+        {"messageType": CALLS_CLOSED, "closing": {"calls": closing.calls, "reason": closing.reason}}
+    )
+
+
+def _closing(value: Any) -> Closing | None:
+    """What `encode_closing` wrote; anything else is none of ours."""
+    try:
+        read = msgspec.convert(value, _Closing)
+    except msgspec.ValidationError:
+        return None
+    if not all(0 < id <= INTEGER_MAX for id in read.calls):
+        return None
+    return Closing(read.calls, read.reason)
 
 
 def _snapshot(calls: list[_Body], status: Any, channel: str, oddities: list[Anomaly]) -> Snapshot:
@@ -493,6 +524,7 @@ class _Coercion:
             "data": self._nested,
             "call": self._nested,
             "calls": self._calls,
+            "closing": self._any,
             "devices": self._raw,
             "statusCode": self._any,
             "statusMessage": self._any,

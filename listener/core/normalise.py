@@ -27,6 +27,7 @@ from listener.core.calls import (
     Aside,
     Call,
     Change,
+    Closing,
     Decoded,
     Direction,
     Heard,
@@ -134,6 +135,9 @@ _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 INFERRED_NOT_LIVE = "inferred: no longer among the live calls"
 """Why a call that ended while nobody listened is settled."""
 
+NO_WRAP_UP_END = "released: the end of the wrap-up was not heard"
+"""Why a call is settled whose Completed never came."""
+
 
 def ids(decoded: Decoded) -> tuple[str, ...]:
     """Every id under which the calls of a message may be known: load these before a `Board` hears it."""
@@ -142,8 +146,14 @@ def ids(decoded: Decoded) -> tuple[str, ...]:
             return tuple(_ids(decoded))
         case Snapshot():
             return tuple(dict.fromkeys(id for call in decoded.calls for id in _ids(call)))
-        case Aside() | Unrecognised():
+        case Closing() | Aside() | Unrecognised():
             return ()
+
+
+def closes(heard: Heard, decoded: Decoded) -> tuple[int, ...]:
+    """The ids of the calls that a message closes: load these, where they are the account's, before a `Board`
+    hears it. Only our own findings close calls; whoever else says that he does is not believed."""
+    return decoded.calls if isinstance(decoded, Closing) and heard.source is Source.LISTENER else ()
 
 
 def ids_needed(decoded: Decoded) -> int:
@@ -164,9 +174,9 @@ def _ids(notification: Notification) -> list[str]:
 class Board:
     """The calls of one batch, changed in memory as the batch's messages are heard.
 
-    Give it every call that any id of the batch (`ids`) names, and for each account with a `Snapshot` in the
-    batch all its open calls. Then call `hear` once for each message in order, and write what it answers;
-    the last `Step` of a call holds the call as it must be stored.
+    Give it every call that any id of the batch (`ids`) names or that a message closes (`closes`), and for
+    each account with a `Snapshot` in the batch all its open calls. Then call `hear` once for each message in
+    order, and write what it answers; the last `Step` of a call holds the call as it must be stored.
     """
 
     __slots__ = ("_accounts",)
@@ -193,6 +203,8 @@ class Board:
                 return [step] if step is not None else []
             case Snapshot():
                 return list(self._snapshot(notification_id, heard, decoded))
+            case Closing():
+                return list(self._closing(heard, decoded))
             case Aside() | Unrecognised():
                 return []
 
@@ -228,9 +240,25 @@ class Board:
         calls = self._of(heard.account)
         for call in calls.open():
             if call.id not in live and call.last_heard_at < heard.asked_at:
-                step = _ended_unheard(call)
+                step = _ended_unheard(call, INFERRED_NOT_LIVE)
                 calls.put(step.call)
                 yield step
+
+    def _closing(self, heard: Heard, closing: Closing) -> Iterator[Step]:
+        """Settles those of the calls that were not heard of meanwhile, with the figures that they have."""
+        calls = self._of(heard.account)
+        for id in closes(heard, closing):
+            call = calls.get(id)
+            if call is None or call.settled is not None:
+                continue
+            if call.ended_at is not None:
+                step = Step(structs.replace(call, settled=NO_WRAP_UP_END), (), ())
+            elif heard.asked_at is not None and call.last_heard_at < heard.asked_at:
+                step = _ended_unheard(call, f"inferred: {closing.reason}")
+            else:
+                continue
+            calls.put(step.call)
+            yield step
 
 
 class _Calls:
@@ -245,6 +273,10 @@ class _Calls:
     def open(self) -> list[Call]:
         """Those that go on, the oldest first."""
         return [call for call in self._by_id.values() if call.open]
+
+    def get(self, id: int) -> Call | None:
+        """The call with this id, if it is on the board."""
+        return self._by_id.get(id)
 
     def put(self, call: Call) -> None:
         """Takes a call in, or what has become of it."""
@@ -539,19 +571,19 @@ def _wrapped_up(call: Call, source: Source, at: datetime) -> dict[str, Any]:
     return after
 
 
-def _ended_unheard(call: Call) -> Step:
-    """A call that is no longer live and whose end nobody heard: closed without a time or a duration."""
+def _ended_unheard(call: Call, why: str) -> Step:
+    """A call that ended and whose end nobody heard: closed without a time or a duration."""
     after = structs.replace(
         call,
         state=State.RELEASED.value,
         outcome=Outcome.ANSWERED if call.established_at is not None else Outcome.UNKNOWN,
-        settled=INFERRED_NOT_LIVE,
+        settled=why,
         anomalies=call.anomalies + 1,
     )
     return Step(
         after,
         (Change("state", call.state or None, State.RELEASED.value),),
-        (Anomaly("ended_unheard", INFERRED_NOT_LIVE),),
+        (Anomaly("ended_unheard", why),),
         ended=True,
     )
 

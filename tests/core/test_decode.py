@@ -16,13 +16,14 @@ from listener.core import decode as decoder
 from listener.core.calls import (
     ANOMALY_KINDS,
     Aside,
+    Closing,
     Decoded,
     Notification,
     Participant,
     Snapshot,
     Unrecognised,
 )
-from listener.core.decode import decode
+from listener.core.decode import decode, encode_closing
 from tests.core.messages import (
     ABSENT,
     ASIDES,
@@ -638,6 +639,36 @@ def test_asides(name: str) -> None:
     decoded = decode(encoded(ASIDES[name]))
     assert isinstance(decoded, Aside)
     assert decoded.message_type == name
+
+
+@pytest.mark.parametrize("closing", [Closing((), ""), Closing((1, 2**63 - 1), "not heard of for 24 h")])
+def test_a_closing_is_read_as_it_was_written(closing: Closing) -> None:
+    """So the calls follow from the journal alone."""
+    assert decode(encode_closing(closing)) == closing
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ABSENT,
+        None,
+        {},
+        {"calls": [1]},
+        {"calls": "1", "reason": "r"},
+        {"calls": [0], "reason": "r"},
+        {"calls": [-1], "reason": "r"},
+        {"calls": [2**63], "reason": "r"},
+        {"calls": [10**400], "reason": "r"},
+        {"calls": [1.5], "reason": "r"},
+        {"calls": ["1"], "reason": "r"},
+        {"calls": [True], "reason": "r"},
+        {"calls": [1], "reason": 5},
+    ],
+)
+def test_what_looks_like_a_closing_is_none(said: Any) -> None:
+    """Whoever else uses the word means something else, which concerns no call."""
+    body = {"messageType": "CallsClosed"} | ({} if said is ABSENT else {"closing": said})
+    assert decode(encoded(body)) == Aside("CallsClosed")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from listener.core.calls import (
     OPENING_FIELDS,
     Aside,
     Call,
+    Closing,
     Decoded,
     Direction,
     Heard,
@@ -32,9 +33,11 @@ from listener.core.calls import (
 from listener.core.decode import decode
 from listener.core.normalise import (
     INFERRED_NOT_LIVE,
+    NO_WRAP_UP_END,
     NOTIFICATION_TYPES,
     TRANSITIONS,
     Board,
+    closes,
     diagram,
     ids,
     ids_needed,
@@ -78,6 +81,7 @@ class Memory:
                 for name in ids(decoded)
                 if (heard.account, name) in self.named
             }
+            wanted |= {id for id in closes(heard, decoded) if id in self.calls}
             if isinstance(decoded, Snapshot):
                 wanted |= {c.id for c in self.calls.values() if c.account == heard.account and c.open}
         written = msgspec.json.encode([self.calls[id] for id in wanted])
@@ -107,13 +111,14 @@ class Listening:
         *,
         account: int = ACCOUNT,
         asked_at: datetime | None = None,
+        source: Source | None = None,
     ) -> list[Step]:
         """One message, so many seconds after the last."""
         self.now += timedelta(seconds=after_s)
         if isinstance(raw, dict):
             raw = encoded(raw)
         decoded = decode(raw, CHANNEL) if isinstance(raw, bytes) else raw
-        source = Source.COMETD if asked_at is None else Source.SNAPSHOT
+        source = source or (Source.COMETD if asked_at is None else Source.SNAPSHOT)
         heard = Heard(account, "stream", self.next_id, self.now, CHANNEL, b"", source, asked_at)
         steps = self.board.hear(self.next_id, heard, decoded)
         self.next_id += ids_needed(decoded)
@@ -129,6 +134,12 @@ class Listening:
         """A snapshot that was asked for after so many seconds and answered so many later."""
         asked_at = self.now + timedelta(seconds=after_s)
         return self.hear(snapshot(*calls, status=status), after_s + took_s, asked_at=asked_at)
+
+    def close(self, *calls: Call, silent_s: float, source: Source = Source.LISTENER) -> list[Step]:
+        """We find, now, that nothing was heard of these for so many seconds."""
+        since = self.now - timedelta(seconds=silent_s)
+        closing = Closing(tuple(call.id for call in calls), "silent")
+        return self.hear(closing, asked_at=since, source=source)
 
     def goes(self, *states: tuple[str, float]) -> Call:
         """States of the one call, each so many seconds after the one before; answers the call."""
@@ -1132,6 +1143,106 @@ def test_an_inferred_end_that_is_heard_after_all() -> None:
     assert step.changes == changed_only(step, "capabilities")
 
 
+# ── Ends that were waited for long enough ─────────────────────────────────────────────────────────────
+
+
+def test_a_call_that_nothing_was_heard_of_is_closed() -> None:
+    """As inferred, for the reason given; without a time or a duration, and what it has does not move."""
+    line = Listening()
+    before = line.goes(("Ringing", 0), ("Established", 2))
+    line.now += timedelta(hours=30)
+    (step,) = line.close(before, silent_s=3600)
+    assert step.ended
+    assert kinds(step) == ["ended_unheard"]
+    assert changes(step, "state") == [("", "Established", "Released")]
+    assert step.call == msgspec.structs.replace(
+        before, state="Released", outcome=Outcome.ANSWERED, settled="inferred: silent", anomalies=1
+    )
+    assert (step.call.open, step.call.ended_at, step.call.talk_s) == (False, None, 0)
+
+
+def test_what_was_heard_meanwhile_keeps_a_call_open() -> None:
+    """What waited to be stored while we looked is heard first, and is newer than what we found."""
+    line = Listening()
+    call = line.goes(("Ringing", 0))
+    line.goes(("Established", 600))
+    assert line.close(call, silent_s=600) == []
+    assert line.close(call, silent_s=0) == []
+    line.now += timedelta(seconds=1)
+    assert line.close(call, silent_s=0) != []
+    assert line.close(call, silent_s=0) == []
+
+
+@pytest.mark.parametrize("dialect", [message, lambda state: encoded(v3(state))])
+def test_a_wrap_up_whose_end_was_not_heard_settles(dialect: Callable[[str], bytes]) -> None:
+    """The call has ended, as was heard; nothing else of it moves, and nothing is odd about it."""
+    line = Listening()
+    line.hear(bayeux(in_data(resource("Ringing"), extensions={"WrapUpTime": 15})))
+    line.hear(dialect("Released"), 5)
+    released = line.call
+    assert (released.settled, released.open) == (None, False)
+    line.now += timedelta(seconds=100)
+    (step,) = line.close(released, silent_s=9999)
+    assert (step.changes, step.anomalies, step.ended) == ((), (), False)
+    assert step.call == msgspec.structs.replace(released, settled=NO_WRAP_UP_END)
+    assert step.call.wrap_s is None
+
+
+def test_a_completed_that_comes_after_all_moves_no_figure() -> None:
+    """The state is what it says; how long the wrap-up took was settled as not known."""
+    line = Listening()
+    line.hear(v3("Ringing"))
+    line.hear(v3("Released"), 1)
+    line.close(line.call, silent_s=0)
+    step = line.step(v3("Completed"), 9000)
+    assert (step.call.state, step.call.settled, step.call.wrap_s) == ("Completed", NO_WRAP_UP_END, None)
+    assert step.anomalies == ()
+
+
+def test_a_settled_call_is_not_closed_again() -> None:
+    """What was said of its end stands."""
+    line = Listening()
+    call = line.goes(("Ringing", 0), ("Released", 1))
+    line.now += timedelta(hours=30)
+    assert line.close(call, silent_s=0) == []
+
+
+def test_a_call_that_was_closed_may_speak_again() -> None:
+    """It goes on from there, the silence is counted for nothing, and it can be closed another time."""
+    line = Listening()
+    call = line.goes(("Ringing", 0), ("Established", 2))
+    line.now += timedelta(hours=30)
+    line.close(call, silent_s=0)
+    step = line.step(message("Held"), 10)
+    assert kinds(step) == ["after_end"]
+    assert (step.call.open, step.call.id, step.call.outcome, step.call.settled) == (True, call.id, None, None)
+    assert step.call.talk_s == 0
+    line.now += timedelta(hours=30)
+    (again,) = line.close(step.call, silent_s=0)
+    assert (again.call.settled, again.call.outcome) == ("inferred: silent", Outcome.ANSWERED)
+
+
+@pytest.mark.parametrize("source", [Source.COMETD, Source.SNAPSHOT])
+def test_only_we_close_calls(source: Source) -> None:
+    """A contact centre that sends such a message, whether by chance or by malice, closes nothing."""
+    line = Listening()
+    call = line.goes(("Ringing", 0))
+    line.now += timedelta(hours=30)
+    assert line.close(call, silent_s=0, source=source) == []
+    assert line.close(call, silent_s=0) != []
+
+
+def test_calls_of_another_account_are_not_closed() -> None:
+    """Nor such that are not there."""
+    line = Listening()
+    call = line.goes(("Ringing", 0))
+    line.now += timedelta(hours=30)
+    closing = Closing((call.id, 999), "silent")
+    assert line.hear(closing, account=ACCOUNT + 1, asked_at=line.now, source=Source.LISTENER) == []
+    assert line.hear(closing, source=Source.LISTENER) == []
+    assert len(line.hear(closing, asked_at=line.now, source=Source.LISTENER)) == 1
+
+
 def changed_only(step: Step, field: str) -> tuple[Any, ...]:
     """The changes of one field."""
     return tuple(change for change in step.changes if change.field == field)
@@ -1263,12 +1374,24 @@ def _call_resources(draw: st.DrawFn) -> JsonObject:
 def _sessions(draw: st.DrawFn) -> list[tuple[Heard, Decoded]]:
     """A session's messages with their times: notifications in two dialects, snapshots late and early, other
     things, a clock that stands still or is set back."""
-    now, heard = STARTED, []
+    now = STARTED
+    heard: list[tuple[Heard, Decoded]] = []
     for position in range(1, draw(st.integers(1, 14)) + 1):
         now += timedelta(seconds=draw(st.sampled_from([0, 0, 1, 2.5, 30, -3])))
         source, asked_at, account = Source.COMETD, None, draw(st.sampled_from([1, 1, 1, 2]))
-        what = draw(st.integers(0, 9))
+        what = draw(st.integers(0, 10))
         body: JsonObject
+        if what == 10:
+            source = draw(st.sampled_from([Source.LISTENER, Source.LISTENER, Source.COMETD]))
+            asked_at = now - timedelta(seconds=draw(st.sampled_from([0, 0.1, 30])))
+            closed = draw(st.lists(st.integers(1, 20), max_size=8))
+            heard.append(
+                (
+                    Heard(account, "s", position, now, CHANNEL, b"", source, asked_at),
+                    Closing(tuple(closed), "silent"),
+                )
+            )
+            continue
         if what == 0:
             source, asked_at = (
                 Source.SNAPSHOT,
