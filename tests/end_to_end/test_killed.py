@@ -115,6 +115,7 @@ async def test_a_power_cut_loses_nothing_that_was_acknowledged(tmp_path: Path) -
     """With the bundled PostgreSQL in the data directory: first the listener is killed and finds the server
     still running, then both are; the last one to stop stops the server."""
     place = short_place()
+    server = Embedded(place)
     dice = Random(1)
     settings = SimulatorSettings(accounts=4, rate=RATE, max_interval_ms=1500)
     try:
@@ -134,11 +135,9 @@ async def test_a_power_cut_loses_nothing_that_was_acknowledged(tmp_path: Path) -
                 assert await listener.stop() == 0
             truth = simulator.truth()
         assert not (place / "data" / "postmaster.pid").exists()
-        server = Embedded(place)
         await asyncio.to_thread(server.start)
         (await compare(server.dsn, truth, name=centre.account)).check()
     finally:
-        server = Embedded(place)
         await asyncio.to_thread(server.start)
         await asyncio.to_thread(server.destroy)
 

@@ -1,22 +1,29 @@
 """Compares what the simulated contact centre says it sent with what is in the tables.
 
-The rules are those of the promises, and nothing here is shared with the product: what was acknowledged is
-stored; nothing is stored twice or out of order; what is missing lies inside a recorded gap; a call that was
-heard whole is as its script had it, and one that was not is at least no longer open once it has ended.
+The rules are those of the promises, and nothing here but names is shared with the product: what was
+acknowledged is stored; nothing is stored twice or out of order; what is missing was said inside a recorded
+gap; a call that was heard whole is as its script had it, and one that was not is at least no longer open once
+it has ended. Each account's coverage has no hole and no overlap.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import asyncpg
 import msgspec
 
+from listener.core.calls import State
 from listener.simulator.centre import AccountTruth, Truth
 from listener.simulator.scripts import CallTruth, Message
 
 SHOWN_MAX = 10
 """Differences named in one report."""
+GAPS_SHOWN_MAX = 6
+"""Gaps named beside a message that lies in none: those nearest to it."""
+CLOCK_GRAIN = timedelta(milliseconds=5)
+"""A gap is told from one reading of the clock, a message is said at another."""
 
 
 class Stored(NamedTuple):
@@ -47,6 +54,10 @@ class Report(NamedTuple):
     """Calls that were compared field by field."""
     inferred: int
     """Calls whose end was not heard, and is marked so."""
+    surplus: int = 0
+    """Stored, and never sent, or stored twice."""
+    late_s: float = 0.0
+    """The longest time from saying to hearing."""
 
     def check(self) -> "Report":
         """Raises AssertionError with the differences, if there are any."""
@@ -64,14 +75,21 @@ async def compare(
     listener's name of an account for its login."""
     connection = await asyncpg.connect(dsn)
     try:
-        ids = {row[0]: row[1] for row in await connection.fetch("SELECT name, id FROM account")}
+        rows = await connection.fetch("SELECT name, id, removed_at IS NULL AS wanted FROM account")
+        ids = {row["name"]: row["id"] for row in rows}
+        wanted = {row["id"] for row in rows if row["wanted"]}
         wrong: list[str] = []
-        stored_total = missing_total = calls = inferred = 0
+        stored_total = missing_total = calls = inferred = surplus = 0
+        late_s = 0.0
         for login, account in truth.accounts.items():
             number = ids.get(name(login), 0)
             stored = await _stored(connection, number)
-            gaps = await _gaps(connection, number)
-            lost = _missing(login, account, stored, gaps, wrong, acknowledged=acknowledged)
+            coverage = await _coverage(connection, number)
+            wrong += _holes(login, coverage, ends=number not in wanted)
+            gaps = [row for row in coverage if row.cause and row.since != row.until]
+            lost, extra, lateness_s = _missing(login, account, stored, gaps, wrong, acknowledged=acknowledged)
+            surplus += extra
+            late_s = max(late_s, lateness_s)
             stored_total += len(stored)
             missing_total += len(lost)
             scripts = [call for call in truth.calls if call.account == login]
@@ -86,7 +104,7 @@ async def compare(
                 elif script.finished:
                     calls += 1
                     wrong += _differences(script, found, snapshots)
-        return Report(wrong, truth.sent, stored_total, missing_total, calls, inferred)
+        return Report(wrong, truth.sent, stored_total, missing_total, calls, inferred, surplus, late_s)
     finally:
         await connection.close()
 
@@ -100,11 +118,26 @@ async def _stored(connection: asyncpg.Connection, account: int) -> list[Stored]:
     return [Stored(row[0], row[1]) for row in rows if row[0] != b"null"]
 
 
-async def _gaps(connection: asyncpg.Connection, account: int) -> list[Covered]:
+async def _coverage(connection: asyncpg.Connection, account: int) -> list[Covered]:
     rows = await connection.fetch(
         "SELECT since, until, cause FROM coverage WHERE account_id = $1 ORDER BY since, id", account
     )
-    return [Covered(*row) for row in rows if row["cause"] and row["since"] != row["until"]]
+    return [Covered(*row) for row in rows]
+
+
+def _holes(login: str, coverage: Sequence[Covered], *, ends: bool) -> list[str]:
+    """Where the rows do not stand end to end, or the last one does not go on; it `ends` where nobody listens
+    to the account any more."""
+    if not coverage:
+        return [f"{login}: no row of coverage at all"]
+    found = [
+        f"{login}: coverage ends at {before.until} ({before.cause or 'observed'}), goes on at {after.since}"
+        for before, after in pairwise(coverage)
+        if before.until != after.since
+    ]
+    if coverage[-1].until is not None and not ends:
+        found.append(f"{login}: coverage says nothing after {coverage[-1].until}")
+    return found
 
 
 async def _calls(connection: asyncpg.Connection, account: int) -> dict[str, Mapping[str, Any]]:
@@ -121,21 +154,25 @@ def _missing(
     wrong: list[str],
     *,
     acknowledged: bool,
-) -> list[Message]:
-    """The messages that are not stored; what breaks a promise is added to `wrong`."""
+) -> tuple[list[Message], int, float]:
+    """The messages that are not stored, how many are stored that were not sent, and the longest seconds from
+    saying to hearing; what breaks a promise is added to `wrong`."""
     assert truth.messages is not None, "the simulator must remember what it sent"
     messages = truth.messages
     runs: list[tuple[int, int, int]] = []
     at = 0
+    late_s = 0.0
     for index, message in enumerate(messages):
         if message.accepted and at < len(stored) and stored[at].raw == message.raw:
+            if message.said_at_s:
+                late_s = max(late_s, stored[at].received_at.timestamp() - message.said_at_s)
             at += 1
         elif runs and runs[-1][1] == index:
             runs[-1] = (runs[-1][0], index + 1, at)
         else:
             runs.append((index, index + 1, at))
-    if at < len(stored):
-        extra = len(stored) - at
+    extra = len(stored) - at
+    if extra:
         wrong.append(
             f"{login}: {extra} stored messages were never sent, or twice, or in another order; the first: "
             f"{stored[at].raw[:300]!r} at {stored[at].received_at}"
@@ -150,7 +187,7 @@ def _missing(
             start, end, place = start - 1, end - 1, place - 1
         wrong += found
         lost += messages[start:end]
-    return lost
+    return lost, extra, late_s
 
 
 def _unexplained(
@@ -167,20 +204,25 @@ def _unexplained(
     found = [f"{login}: messages {let_go} were acknowledged and are not stored"] if let_go else []
     before = stored[place - 1].received_at if place else None
     after = stored[place].received_at if place < len(stored) else None
-    if not any(_explains(gap, before, after) for gap in gaps):
+    outside = [message for message in missing if not any(_holds(gap, message) for gap in gaps)]
+    if outside:
+        first = outside[0]
+        said_at = datetime.fromtimestamp(first.said_at_s, UTC)
+        near = sorted(gaps, key=lambda gap: abs(gap.since - said_at))[:GAPS_SHOWN_MAX]
         found.append(
-            f"{login}: messages {missing[0].position} to {missing[-1].position}, said between what came at"
-            f" {before} and {after}, are not stored, and no gap explains it: "
-            f"{[(str(gap.since), str(gap.until), gap.cause) for gap in gaps]}"
+            f"{login}: messages {[message.position for message in outside]} are not stored, and were said in"
+            f" no gap; the first at {said_at} ({'accepted' if first.accepted else 'nobody was subscribed'},"
+            f" {'delivered' if first.delivered else 'not delivered'}); what is stored round them came at"
+            f" {before} and {after}; the gaps near: "
+            f"{[(str(gap.since), str(gap.until), gap.cause) for gap in sorted(near)]}"
         )
     return found
 
 
-def _explains(gap: Covered, before: datetime | None, after: datetime | None) -> bool:
-    """Whether a gap meets the time between two messages that are stored."""
-    return (after is None or gap.since <= after) and (
-        before is None or gap.until is None or gap.until >= before
-    )
+def _holds(gap: Covered, message: Message) -> bool:
+    """Whether a message was said during a gap."""
+    said_at = datetime.fromtimestamp(message.said_at_s, UTC)
+    return gap.since - CLOCK_GRAIN <= said_at and (gap.until is None or said_at <= gap.until + CLOCK_GRAIN)
 
 
 def _differences(script: CallTruth, found: Mapping[str, Mapping[str, Any]], snapshots: int) -> list[str]:
@@ -205,6 +247,7 @@ def _differences(script: CallTruth, found: Mapping[str, Mapping[str, Any]], snap
         "participants": (sorted(set(script.parties)), sorted({party["number"] for party in parties})),
         "recording": (script.recording, call["recording"]),
         "aliases": (sorted(set(script.aliases)), sorted(call["aliases"])),
+        "userData": (script.merged_data, msgspec.json.decode(call["user_data"])),
     }
     return [
         f"{title}: {name} should be {should}, is {has}"
@@ -222,5 +265,10 @@ def _ended(script: CallTruth, found: Mapping[str, Mapping[str, Any]], wrong: lis
         wrong.append(
             f"{script.account}: call {script.call_id} ({script.script}) ended, was heard in part, and is open"
             f" as {call['state']}"
+        )
+    if call["ended_at"] is not None and call["state"] not in (script.final_state, State.RELEASED):
+        wrong.append(
+            f"{script.account}: call {script.call_id} ({script.script}) has ended, and its state is"
+            f" {call['state']}; it should be {script.final_state}"
         )
     return 1 if str(call["settled"]).startswith("inferred") else 0
