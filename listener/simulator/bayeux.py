@@ -51,7 +51,7 @@ class Ledger:
         self.accepted = 0
         """Entered the queue of at least one session."""
         self.unsubscribed = 0
-        """Said while no session of the account was subscribed to the channel."""
+        """Said while no session of the account was subscribed to the channel, or all were deaf."""
         self.messages: list[Message] | None = [] if remember else None
         self._sha256 = hashlib.sha256()
         self._abandoned: list[Message] = []
@@ -140,6 +140,13 @@ class ServerSession:
             return False
         self.subscriptions.remove(channel)
         return True
+
+    def deafen(self) -> set[str]:
+        """Lose every subscription without a word, as a server does that forgets them: whatever the client
+        asks is answered as ever. Gives what was lost; `subscribe` brings it back."""
+        lost, self.subscriptions = self.subscriptions, set()
+        self._wanted.clear()
+        return lost
 
     def wants(self, channel: str) -> bool:
         """Whether a subscription covers the channel."""

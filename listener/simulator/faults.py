@@ -1,7 +1,7 @@
 """What goes wrong in an exchange: once on command, or at random from a seed.
 
 This module decides which exchange is hit; the server decides what that means on the wire. Faults that
-change the state of the server (forgotten sessions, a restart, refused logins) are methods of
+change the state of the server (forgotten sessions, deaf ones, a restart, refused logins) are methods of
 `listener.simulator.gws.GwsServer`, since they hit no single exchange.
 """
 

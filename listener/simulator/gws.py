@@ -28,7 +28,7 @@ from aiohttp import web
 
 from listener.errors import SettingsError
 from listener.simulator import scripts
-from listener.simulator.bayeux import Broker
+from listener.simulator.bayeux import Broker, ServerSession
 from listener.simulator.cometd import REQUEST_BYTES_MAX, Transports
 from listener.simulator.faults import Faults
 from listener.simulator.scripts import Agent, CallTruth, Dialect, Message, ScriptedCall
@@ -120,6 +120,8 @@ class GwsServer:
         self.calls: deque[CallTruth] = deque(maxlen=CALLS_LISTED_MAX)
         self.port = settings.port
         self.restarts = 0
+        self.snapshot_s = 0.0
+        """How late a list of live calls comes: it says what was live when it was asked for."""
         self._device_messages = 0
         self._clock = clock
         self._by_token = {account.token: account for account in self.accounts.values()}
@@ -245,6 +247,20 @@ class GwsServer:
                 if not answer:
                     session.notify = None
                 self.broker.remove(session, "forgotten")
+
+    def deafen(self, login: str | None = None, *, seconds: float | None = None) -> None:
+        """Let the present sessions of one account, or of all, be told nothing more, while all that they ask
+        is answered as ever: for so many seconds, or else until there is another session."""
+        for session in self.broker.sessions.values():
+            if login in (None, session.ledger.account):
+                lost = session.deafen()
+                if seconds is not None:
+                    self.spawn(self._mend(session, lost, seconds))
+
+    async def _mend(self, session: ServerSession, lost: set[str], seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        for channel in lost:
+            session.subscribe(channel)
 
     def expire_csrf(self) -> None:
         """Give every HTTP session another CSRF token: the old ones are answered 403."""
@@ -391,6 +407,7 @@ class GwsServer:
         if session is None:
             return access_denied()
         body = {"statusCode": 0, "calls": self._live_calls(session.account)}
+        await asyncio.sleep(self.snapshot_s)
         return self._dress(json_response(body), session, cookie)
 
     async def _post_call(self, request: web.Request) -> web.StreamResponse:
@@ -515,7 +532,7 @@ class GwsServer:
         """One object per request: `{"fault": name, …}`, `{"random": {name: rate}, "seed": n}`, or one of
         `{"clear": true}`, `{"forget": login | null}`, `{"restart": down_s}`, `{"refuse_login": login,
         "on": bool}`, `{"refuse_subscription": channel, "on": bool}`, `{"expire_csrf": true}`,
-        `{"oversized": login, "bytes": n}`."""
+        `{"deaf": login | null, "seconds": s}`, `{"snapshot_s": s}`, `{"oversized": login, "bytes": n}`."""
         match await self._body(request):
             case {"fault": str(kind), **details}:
                 self.faults.arm(kind, **details)
@@ -536,6 +553,10 @@ class GwsServer:
                 (self.broker.refused.add if on else self.broker.refused.discard)(channel)
             case {"expire_csrf": _}:
                 self.expire_csrf()
+            case {"deaf": login, **details}:
+                self.deafen(login, seconds=details.get("seconds"))
+            case {"snapshot_s": seconds}:
+                self.snapshot_s = float(seconds)
             case {"oversized": str(login), "bytes": int(size_bytes)}:
                 self.oversize(login, size_bytes)
             case other:

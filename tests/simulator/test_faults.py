@@ -166,6 +166,53 @@ async def test_forgotten_sessions(start: Start, clients: Clients) -> None:
         assert (await other.connect(timeout=0))["successful"]
 
 
+async def test_a_deaf_session(start: Start, clients: Clients) -> None:
+    """Its connects are answered as ever and carry nothing more; another handshake and subscription hear
+    again. The other account is not disturbed, and the truth says what nobody was told."""
+    async with start(accounts=2) as simulator:
+        client, other = clients(simulator), clients(simulator, "agent5001")
+        await client.open()
+        await other.open()
+        simulator.gws.deafen(LOGIN)
+        say(simulator, 1)
+        assert (await client.connect(timeout=0))["successful"]
+        assert heard(client) == []
+        say(simulator, 2, login="agent5001")
+        await other.connect(timeout=0)
+        assert heard(other) == [2]
+        await client.open()
+        say(simulator, 3)
+        await client.connect(timeout=0)
+        assert heard(client) == [3]
+        account = simulator.truth().accounts[LOGIN]
+        assert (account.unsubscribed, account.accepted) == (1, 1)
+
+
+async def test_a_session_that_is_deaf_for_a_while(start: Start, clients: Clients) -> None:
+    """It hears again by itself; what was said meanwhile is gone."""
+    async with start() as simulator:
+        client = clients(simulator)
+        await client.open()
+        simulator.gws.deafen(seconds=0.05)
+        say(simulator, 1)
+        await until(lambda: simulator.listening() == 1)
+        say(simulator, 2)
+        await client.connect(timeout=0)
+        assert heard(client) == [2]
+
+
+async def test_a_list_of_live_calls_that_comes_late(start: Start, clients: Clients) -> None:
+    """It says what was live when it was asked for."""
+    async with start() as simulator:
+        client = clients(simulator)
+        simulator.gws.snapshot_s = 0.2
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        async with client.http.get(client.url + "/api/v2/me/calls") as response:
+            assert (await response.json())["calls"] == []
+        assert loop.time() - begun >= 0.2
+
+
 @pytest.mark.parametrize("websocket", [False, True])
 async def test_an_exchange_may_lose_its_session(start: Start, clients: Clients, websocket: bool) -> None:
     """The connect is answered 402 instead, its messages are lost with the session, and the truth says so."""
@@ -287,6 +334,10 @@ async def test_faults_by_http(start: Start, clients: Clients) -> None:
         assert (await client.post(client.connect_message()))[0] == 403
         await ask(refuse_login=LOGIN, on=False)
         await ask(expire_csrf=True)
+        await ask(deaf=LOGIN, seconds=60)
+        assert simulator.listening() == 0
+        await ask(snapshot_s=0.5)
+        assert simulator.gws.snapshot_s == 0.5
         await ask(random={"html_503": 1.0}, seed=7)
         assert (await client.post(client.connect_message(timeout=0)))[0] == 503
         await ask(clear=True)
