@@ -6,11 +6,13 @@ happened in between was said to nobody; a lost connection is a gap until the ses
 all where the server kept everything for us. The `Ledger` writes what the watches say, in order, whether the
 store answers at once or later.
 
-Two things can make "observed" a lie that no fact of the session corrects, and are seen to here. A crash
+Three things can make "observed" a lie that no fact of the session corrects, and are seen to here. A crash
 loses what was heard and not committed: so the heartbeat vouches for an account only up to the last answer
 whose messages are all durable. And while the store is slow, a session that
 acknowledges leaves the newer messages with the server: if the server forgets the session then, the gap
-began when we stopped taking.
+began when we stopped taking. And a server may answer every connect and say nothing: a probe
+(`listener.probe`) finds that out, and the gap began after the last that was heard, or the last probe that
+agreed, since the answers in between prove nothing.
 
 Nothing here decides what a gap is (`listener.core.session` does), and nothing here speaks SQL or HTTP: the
 protocols below say what is needed of both.
@@ -39,7 +41,7 @@ from listener.core.session import (
     SubscriptionRefused,
     Unbroken,
 )
-from listener.errors import LoginRefused, RemoteError, StoreUnavailable
+from listener.errors import LoginRefused, RemoteError, RemoteUnavailable, StoreUnavailable
 
 SNAPSHOTS_AT_ONCE_MAX = 20
 """REST requests for snapshots in flight. After a server's restart every account wants one: others wait."""
@@ -70,6 +72,9 @@ HEARTBEAT_S = 10.0
 VOUCHED_GRAIN_S = 5.0
 """Heartbeats vouch for moments on this grid, so that thousands of accounts need few statements, and for the
 one before the last answer came: an answer may have been under way for so long."""
+
+CALL_CHANNELS = frozenset({"/v2/me/calls", "/workspace/v3/voice"})
+"""Where calls are told, in v2 and v3: what comes on another channel does not show that calls would."""
 
 QUICK_S = 0.15
 """A commit that is quicker than this was known before the session asked again; it keeps silent for longer
@@ -130,6 +135,9 @@ class Observer(Protocol):
     def session_state(self, before: str | None, after: str | None) -> None:
         """An account's session went from one state to another."""
 
+
+Abandon = Callable[[str, str], Awaitable[None]]
+"""How a line gives up its session: with the cause, one of `calls.GAP_CAUSES`, and the detail."""
 
 Vouched = Callable[[], datetime | None]
 """Until when everything that an account's server said is durable; None when that is not known yet."""
@@ -263,10 +271,12 @@ class Watch:
     It is unobserved since `since`, because of `cause`, until its session says otherwise. `snapshot` asks for
     the live calls; None where there is no REST to ask, and then a subscription alone closes a gap. `tasks` is
     where the snapshot runs, `clock` the one of the session. Call `answered` after every answer of the server,
-    `end` when the account is listened to no more.
+    `end` when the account is listened to no more. Satisfies `listener.probe.Listened` too, once `carried_by`
+    has said how a session is given up.
     """
 
     __slots__ = (  # one for each account, of which there are thousands
+        "_abandon",
         "_acknowledges",
         "_announced",
         "_answered_at",
@@ -285,7 +295,9 @@ class Watch:
         "_slow",
         "_snapshot",
         "_snapshot_channel",
+        "_stretch",
         "_subscribed_at",
+        "_sure_at",
         "_tasks",
         "_turn",
         "_undurable",
@@ -340,6 +352,9 @@ class Watch:
         self._answered_at: datetime | None = None
         self._slow: datetime | None = None
         self._behind_since: datetime | None = None
+        self._sure_at: datetime | None = None
+        self._stretch = 0
+        self._abandon: Abandon | None = None
         self._stand(STARTING)
 
     @property
@@ -385,6 +400,51 @@ class Watch:
         doubts = [doubt for doubt in (at, self._slow, self._behind_since) if doubt is not None]
         return min(doubts) if at is not None else None
 
+    # What a probe asks and finds
+
+    def carried_by(self, abandon: Abandon) -> None:
+        """Says how the present line gives its session up."""
+        self._abandon = abandon
+
+    @property
+    def stretch(self) -> int | None:
+        """The number of the stretch of time without a gap that goes on now; None while there is a gap."""
+        return self._stretch if self.state == UP else None
+
+    async def live(self) -> tuple[Heard, Snapshot]:
+        """A list of the live calls, which is not stored, once all that was said before it came is durable.
+
+        Raises `RemoteError` when none comes that claims to be complete. While the store does not answer, it
+        does not return: bound it.
+        """
+        if self._snapshot is None:
+            raise RemoteUnavailable("there is no REST to ask for the live calls")
+        async with self._turn:
+            reply = await self._snapshot()
+        decoded = decode(reply.raw, self._snapshot_channel)
+        if not isinstance(decoded, Snapshot) or not decoded.complete:
+            raise RemoteUnavailable(f"the answer does not list all calls ({len(reply.raw)} bytes)")
+        await self._caught_up()
+        taken = self._undurable[-1] if self._undurable else None
+        while taken is not None and any(each is taken for each in self._undurable):
+            await self._pause(self._settled_s)
+        return self._as_heard(reply), decoded
+
+    def agreed(self, at: datetime) -> None:
+        """A list of the live calls that was asked for then shows nothing that was not heard."""
+        self._sure_at = at if self._sure_at is None else max(self._sure_at, at)
+
+    async def give_up(self, detail: str, by: datetime) -> None:
+        """Something that was said by then was not heard: this session ends, and another one begins.
+
+        The gap, with the cause "stalled", begins with the last message about a call, or the last list that
+        agreed, or else with the subscription.
+        """
+        if self._ended or self._abandon is None:
+            return
+        self._sure_at = by if self._sure_at is None else min(self._sure_at, by)
+        await self._abandon("stalled", detail)
+
     # What the session says
 
     def told(self, fact: Fact, at: datetime) -> None:
@@ -397,6 +457,8 @@ class Watch:
                     delivery = _Delivery(at, self._clock(), self._answered_at)
                     self._announced.append(delivery)
                     self._undurable.append(delivery)
+                if any(channel in CALL_CHANNELS for channel, _ in fact.messages):
+                    self._sure_at = at
                 if fact.redelivered:
                     self._observer.duplicates(fact.redelivered)
             case Handshaken():
@@ -407,7 +469,8 @@ class Watch:
                 self._observer.handshake()
                 self._log.info("handshake", acknowledges=fact.ack, client_id=_masked(fact.client_id))
             case Subscribed():
-                self._subscribed_at = self._subscribed_at or at
+                if self._subscribed_at is None:
+                    self._subscribed_at = self._sure_at = at
                 self._goes_on(at)
             case Gap():
                 self._lost(fact, at)
@@ -415,7 +478,7 @@ class Watch:
                 # The server kept everything: there was no gap.
                 self._goes_on(self._gap.since if self._gap is not None else at)
             case Resumed():
-                self._subscribed_at = at
+                self._subscribed_at = self._sure_at = at
                 self._goes_on(at)
             case SubscriptionRefused(channel, error, retry_s):
                 self._log.error("subscription refused", channel=channel, error=error, retry_s=retry_s)
@@ -446,6 +509,8 @@ class Watch:
 
     def _lost(self, fact: Gap, at: datetime) -> None:
         since = at - timedelta(seconds=max(0.0, self._clock() - fact.since))
+        if fact.cause == "stalled" and self._sure_at is not None:
+            since = self._sure_at  # the answers since then were no evidence
         if self._acknowledges and self._behind_since is not None:
             since = min(since, self._behind_since)
         self._deaf(_Gap(since, fact.cause, fact.since), fact.detail)
@@ -477,7 +542,16 @@ class Watch:
         """Stores what is live now; then nothing that happened before the subscription is in doubt."""
         reply = await self._ask(snapshot)
         await self._caught_up()
-        heard = Heard(
+        heard = self._as_heard(reply)
+        stored = asyncio.Event()
+        await self._pipeline.hear([heard], stored.set)
+        await stored.wait()
+        self._closing = None
+        self._owed = False
+        self._found(self._subscribed_at or reply.asked_at)
+
+    def _as_heard(self, reply: Reply) -> Heard:
+        return Heard(
             account=self.account,
             stream=str(uuid.uuid4()),
             position=1,
@@ -487,12 +561,6 @@ class Watch:
             source=Source.SNAPSHOT,
             asked_at=reply.asked_at,
         )
-        stored = asyncio.Event()
-        await self._pipeline.hear([heard], stored.set)
-        await stored.wait()
-        self._closing = None
-        self._owed = False
-        self._found(self._subscribed_at or reply.asked_at)
 
     async def _ask(self, snapshot: Callable[[], Awaitable[Reply]]) -> Reply:
         """A reply that lists all live calls, however often it must be asked for."""
@@ -540,6 +608,7 @@ class Watch:
 
     def _found(self, at: datetime) -> None:
         """Observed from `at` on."""
+        self._stretch += 1
         gap, self._gap = self._gap, None
         if gap is not None:
             self._count(gap, at)
