@@ -38,12 +38,14 @@ from listener.core.calls import (
     ANOMALY_KINDS,
     GAP_CAUSES,
     Call,
+    Closing,
     Decoded,
     Direction,
     Notification,
     Outcome,
     Recorded,
     Snapshot,
+    Source,
     State,
     Step,
     Unrecognised,
@@ -120,7 +122,7 @@ class Metrics:
         Info("listener_build", "Version of the listener and of Python.", registry=self._registry).info(
             {"version": __version__, "python": platform.python_version()}
         )
-        types = (*NOTIFICATION_TYPES, "snapshot", "aside", "unrecognised")
+        types = (*NOTIFICATION_TYPES, "snapshot", "closing", "aside", "unrecognised")
         self._notifications = _children(
             counter("listener_notifications", "Messages stored, by notification type.", "type"), types
         )
@@ -200,8 +202,10 @@ class Metrics:
         self._batch.observe(len(entries) + recorded.duplicates)
         self._duplicates.inc(recorded.duplicates)
         self._last_commit.set(now.timestamp())
-        if entries:
-            self._last_heard.set(max(entry.heard.received_at for entry in entries).timestamp())
+        # What we found ourselves was not heard, and must not look like a sign of life.
+        heard = [entry.heard.received_at for entry in entries if entry.heard.source is not Source.LISTENER]
+        if heard:
+            self._last_heard.set(max(heard).timestamp())
         for received_at, times in Tally(entry.heard.received_at for entry in entries).items():
             self._lag.observe(max(0.0, (now - received_at).total_seconds()), times)
         odd: Tally[str] = Tally()
@@ -314,6 +318,8 @@ def _type(decoded: Decoded) -> str:
             return decoded.notification_type
         case Snapshot():
             return "snapshot"
+        case Closing():
+            return "closing"
         case Unrecognised():
             return "unrecognised"
         case _:

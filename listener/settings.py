@@ -182,6 +182,18 @@ class Limits(_Section):
     stop_s: float = Field(
         20.0, gt=0, le=600, description="seconds to store what was heard when told to stop, up to 600"
     )
+    call_hours_max: float = Field(
+        24.0,
+        gt=0,
+        le=8760,
+        description="hours without a word of an open call, up to 8760, until its end is inferred",
+    )
+    wrap_up_s_max: float = Field(
+        3600.0,
+        gt=0,
+        le=86_400,
+        description="seconds until the end of a wrap-up is not waited for any more, up to 86400",
+    )
 
 
 class Log(_Section):

@@ -14,12 +14,14 @@ from listener.core.calls import (
     GAP_CAUSES,
     Anomaly,
     Aside,
+    Closing,
     Decoded,
     Entry,
     Heard,
     Notification,
     Recorded,
     Snapshot,
+    Source,
     Step,
     Unrecognised,
 )
@@ -179,6 +181,23 @@ def test_a_snapshot_that_ends_a_call_takes_it_out() -> None:
     assert _value(metrics, "listener_calls", state="Established") == 0
     assert _value(metrics, "listener_calls_ended_total", outcome="answered") == 1
     assert _value(metrics, "listener_anomalies_total", kind="malformed_field") == before + 1
+
+
+def test_what_we_closed_ourselves_was_not_heard() -> None:
+    """It ends the call and takes it out of the gauge, and is no sign of life."""
+    metrics, board = Metrics(), Board(())
+    (opened,) = _record(metrics, board, _said("Held"))
+    heard_at = _value(metrics, "listener_last_notification_timestamp_seconds")
+    at = NOON + timedelta(days=2)
+    closing = Closing((opened.call.id,), "not heard of")
+    heard = Heard(1, "c", 1, at, "listener/closing", b"", Source.LISTENER, asked_at=at)
+    steps = tuple(board.hear(next(_IDS), heard, closing))
+    metrics.recorded(Recorded((Entry(heard, closing),), steps, 0), 0.001, at)
+    assert _value(metrics, "listener_calls", state="Held") == 0
+    assert _value(metrics, "listener_calls_ended_total", outcome="answered") == 1
+    assert _value(metrics, "listener_anomalies_total", kind="ended_unheard") == 1
+    assert _value(metrics, "listener_notifications_total", type="closing") == 1
+    assert _value(metrics, "listener_last_notification_timestamp_seconds") == heard_at
 
 
 def test_open_calls_of_the_store_are_the_beginning() -> None:
