@@ -9,9 +9,16 @@ messages into them, so each account's open calls are kept in `Recollection` afte
 writes the row of each of its accounts, and PostgreSQL says for a row which transaction wrote it last
 (`xmin`): what is kept of an account is used only if that was the transaction that it was kept after. So
 several recorders may work on one account, and whoever else changes an account's calls must write its row.
+
+**Most batches are foreseen.** Where something is kept of every account of a batch, `foresee` folds it before
+the database is asked anything, and the statement that writes the rows also says what they were built on. If
+that holds, a small batch is one statement, in one round trip. If not, nothing was done, and `write` does it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
 
 import asyncpg
 import msgspec
@@ -21,21 +28,30 @@ from listener.core.calls import (
     Anomaly,
     Aside,
     Call,
+    Closing,
     Entry,
     Heard,
     Notification,
     Party,
     Recorded,
     Snapshot,
+    Source,
     Step,
     Unrecognised,
 )
+from listener.core.decode import CALLS_CLOSED
 from listener.store import rows, schema
 from listener.store.connect import Connection, microseconds
 from listener.store.rows import Row, encode
 
 CALLS_KEPT_MAX = 20_000
 """Calls kept in memory, at 2 to 3 KB each. Beyond that the one kept longest goes, and is read when needed."""
+
+STREAMS_KEPT_MAX = 4
+"""Streams of an account whose positions are kept: it has one at a time, and one for items without a place."""
+
+AT_ONCE_MAX = 100
+"""Messages up to which a batch is written by one statement; for more, COPY is quicker (measured)."""
 
 REASON_CHARS_MAX = 300
 """A longer reason why a message was stored raw only is cut."""
@@ -49,15 +65,21 @@ class RefusedValue(Exception):
     is lost."""
 
 
-class _Account:
-    """What is known of one account: its open calls, and those of their ids that were asked for."""
+class Outdated(Exception):
+    """A batch was foreseen from what the database holds no longer. Nothing was written."""
 
-    __slots__ = ("calls", "counted", "names", "written_by")
+
+class _Account:
+    """What is known of one account: its open calls, those of their ids that were asked for, and how far its
+    last streams are committed."""
+
+    __slots__ = ("calls", "counted", "names", "streams", "written_by")
 
     def __init__(self, written_by: int) -> None:
         self.written_by = written_by
         self.calls: dict[int, Call] = {}
         self.names: dict[str, int] = {}
+        self.streams: dict[str, int] = {}
         self.counted = 0
 
 
@@ -69,12 +91,21 @@ class Recollection:
         self.calls = 0
         """How many calls are kept."""
 
+    @property
+    def accounts(self) -> int:
+        """Of how many accounts something is kept."""
+        return len(self._accounts)
+
     def of(self, account: int, written_by: int) -> _Account:
         """What is known, if that transaction was the last one to write the account; else nothing."""
         known = self._accounts.get(account)
         if known is not None and known.written_by == written_by:
             return known
         return _Account(written_by)
+
+    def last(self, account: int) -> _Account | None:
+        """What was known when we wrote the account last."""
+        return self._accounts.get(account)
 
     def keep(self, account: int, known: _Account) -> None:
         """Keep what is known now, and let go of what was kept longest when that is too much."""
@@ -91,15 +122,14 @@ class Recollection:
 class Written:
     """What `write` did: the answer, and what may be kept of it once it is committed."""
 
-    def __init__(self, recorded: Recorded, work: "_Work | None" = None, transaction: int = 0) -> None:
+    def __init__(self, work: "_Work", recorded: Recorded, transaction: int) -> None:
         self.recorded = recorded
+        self.last_id = work.last_id
         self._work = work
         self._transaction = transaction
 
     def keep(self, kept: Recollection) -> None:
         """Call it after the commit, and only then."""
-        if self._work is None:
-            return
         for call in self._work.calls.values():
             known = self._work.known[call.account]
             if call.open:
@@ -115,9 +145,106 @@ class Written:
                 known.names[alias] = id
             else:
                 known.names.pop(alias, None)
+        for first, last in self._work.streams.values():
+            if first.source is Source.COMETD:
+                streams = self._work.known[first.account].streams
+                streams[first.stream] = last.position
+                if len(streams) > STREAMS_KEPT_MAX:
+                    del streams[next(iter(streams))]
         for account, known in self._work.known.items():
             known.written_by = self._transaction
             kept.keep(account, known)
+
+
+def last_heard(entries: Sequence[Entry]) -> dict[int, int | None]:
+    """The accounts of the entries in the order of their ids, and when each of them was heard last, in
+    microseconds; None where nothing was heard, but what we found ourselves is written down."""
+    heard: dict[int, datetime | None] = {}
+    for entry in entries:
+        account, at = entry.heard.account, entry.heard.received_at
+        if entry.heard.source is Source.LISTENER:
+            heard.setdefault(account, None)
+        elif (known := heard.get(account)) is None or known < at:
+            heard[account] = at
+    return {account: None if at is None else microseconds(at) for account, at in sorted(heard.items())}
+
+
+class Foreseen:
+    """A batch that was folded before the database was asked; made by `foresee`, ended by one of the writes.
+
+    Either raises Outdated when the database is not as expected, RefusedValue when a value cannot be stored.
+    """
+
+    def __init__(self, entries: Sequence[Entry], work: "_Work", unknown: Iterable[tuple[str, int]]) -> None:
+        self._work = work
+        heard = last_heard(entries)
+        self._expected: tuple[Sequence[Any], ...] = (
+            list(heard),
+            [work.known[account].written_by for account in heard],
+            list(heard.values()),
+            *rows.columns(list(unknown), 2),
+        )
+        self._recorded = Recorded(tuple(work.fresh), tuple(work.steps), len(entries) - len(work.fresh))
+
+    async def write_at_once(self, connection: Connection) -> Written:
+        """As a transaction of its own, in one statement."""
+        work = self._work
+        return await self._write(
+            connection,
+            rows.WRITE_AT_ONCE,
+            *rows.columns(work.notifications, len(schema.notification.columns)),
+            *rows.columns(work.changes, len(schema.change.columns)),
+            *rows.columns(work.anomalies, len(schema.anomaly.columns)),
+        )
+
+    async def write(self, connection: Connection) -> Written:
+        """In the transaction under way."""
+        with _refusals():
+            await self._work.add(connection)
+        return await self._write(connection, rows.WRITE_AS_EXPECTED)
+
+    async def _write(self, connection: Connection, statement: str, *added: Sequence[Any]) -> Written:
+        try:
+            with _refusals():
+                transaction = await connection.fetchval(
+                    statement, *self._expected, *self._work.arguments(), *added
+                )
+        except asyncpg.UniqueViolationError:
+            raise Outdated from None  # by another recorder's rows, seen before the condition was looked at
+        except asyncpg.PostgresError as error:
+            if error.sqlstate == rows.OUTDATED:
+                raise Outdated from None
+            raise
+        return Written(self._work, self._recorded, transaction & _XID_MASK)
+
+
+def foresee(
+    entries: Sequence[Entry], kept: Recollection, take_ids: Callable[[int], int | None]
+) -> Foreseen | None:
+    """The batch folded from what is kept; None where that does not suffice.
+
+    `take_ids` gives the first of so many consecutive ids that were reserved, and are higher than those of
+    all messages that were committed here; or None. Raises RefusedValue when a value cannot be stored.
+    """
+    known: dict[int, _Account] = {}
+    for entry in entries:
+        heard = entry.heard
+        if heard.account not in known:
+            account = kept.last(heard.account)
+            if account is None:
+                return None
+            known[heard.account] = account
+        if isinstance(entry.decoded, Snapshot) or heard.stream not in known[heard.account].streams:
+            return None
+    work = _Work(known)
+    work.take(entries, {stream: at for each in known.values() for stream, at in each.streams.items()})
+    first_id = take_ids(len(work.fresh))
+    if first_id is None:
+        return None
+    unknown, _ = work.recollect()
+    with _refusals():
+        work.fold(first_id=first_id)
+        return Foreseen(entries, work, unknown)
 
 
 async def write(
@@ -130,38 +257,26 @@ async def write(
     """
     streams = list({entry.heard.stream for entry in entries})
     wanted = sum(normalise.ids_needed(entry.decoded) for entry in entries)
-    try:
+    with _refusals():
         marks = await connection.fetch(rows.POSITIONS, streams, wanted)
-        positions: dict[str, int] = {row["id"]: row["position"] for row in marks}
-        opened: dict[str, Heard] = {}
-        latest: dict[str, Heard] = {}
-        fresh = []
-        for entry in entries:
-            heard = entry.heard
-            if heard.position > positions.get(heard.stream, 0):
-                positions[heard.stream] = heard.position
-                opened.setdefault(heard.stream, heard)
-                latest[heard.stream] = heard
-                fresh.append(entry)
-        duplicates = len(entries) - len(fresh)
         work = _Work({account: kept.of(account, written_by) for account, written_by in held.items()})
-        if fresh:
-            await work.load(connection, fresh)
-            work.fold(fresh, first_id=marks[0]["first"])
-            await work.store(
-                connection,
-                [
-                    (
-                        *(stream, first.account, first.source, microseconds(first.received_at)),
-                        *(positions[stream], *(latest[stream].batch or (None, None))),
-                    )
-                    for stream, first in opened.items()
-                ],
-            )
+        work.take(entries, {row["id"]: row["position"] for row in marks if row["id"] is not None})
+        if work.fresh:
+            await work.load(connection)
+            work.fold(first_id=marks[0]["first"])
+            await work.add(connection)
+            await connection.execute(rows.WRITE, *work.arguments())
+    recorded = Recorded(tuple(work.fresh), tuple(work.steps), len(entries) - len(work.fresh))
+    return Written(work, recorded, marks[0]["xid"] & _XID_MASK)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What cannot be stored is RefusedValue, whoever says so."""
+    try:
+        yield
     except (asyncpg.DataError, asyncpg.ProgramLimitExceededError, UnicodeError, OverflowError) as error:
         raise RefusedValue(str(error)) from error
-    recorded = Recorded(tuple(fresh), tuple(work.steps), duplicates)
-    return Written(recorded, work, marks[0]["xid"] & _XID_MASK)
 
 
 async def write_around(connection: Connection, entries: Sequence[Entry], held: Mapping[int, int]) -> Recorded:
@@ -196,34 +311,59 @@ def _storable(text: str) -> str:
     return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
-async def open_calls(connection: Connection, accounts: Iterable[int]) -> list[Call]:
-    """The calls of the accounts that had not ended when they were last heard of."""
-    return [rows.call_of(row) for row in await connection.fetch(rows.OPEN_CALLS, list(accounts))]
+async def open_calls(connection: Connection, accounts: Iterable[int] | None) -> list[Call]:
+    """The calls of the accounts, or of all, that had not ended when they were last heard of."""
+    if accounts is None:
+        found = await connection.fetch(rows.ALL_OPEN_CALLS)
+    else:
+        found = await connection.fetch(rows.OPEN_CALLS, list(accounts))
+    return [rows.call_of(row) for row in found]
 
 
 class _Work:
-    """One batch: `load` reads what it may touch, `fold` makes its rows, `store` writes them."""
+    """One batch: `take` what is new, know the calls that it may touch (`recollect`, or `load` all of them),
+    `fold` it into rows, and write them: `add` those that are only added, the rest by a statement that gets
+    `arguments`."""
 
     def __init__(self, known: dict[int, _Account]) -> None:
         self.known = known
+        self.fresh: list[Entry] = []
+        """The entries that are new."""
+        self.streams: dict[str, tuple[Heard, Heard]] = {}
+        """The streams that move, each with its first and last new message."""
         self.steps: list[Step] = []
         self.calls: dict[int, Call] = {}
         """Every call that was touched, as it is after the batch."""
         self.names: dict[tuple[str, int], int | None] = {}
         """The ids that were looked up or given, with their accounts, and the calls that they name as far as
         that is known without asking."""
+        self.notifications: list[Row] = []
+        self.changes: list[Row] = []
+        self.anomalies: list[Row] = []
         self._before: dict[int, Call] = {}
         self._parties: dict[tuple[int, int], Party] = {}
-        self._notifications: list[Row] = []
-        self._changes: list[Row] = []
-        self._anomalies: list[Row] = []
+        self.last_id = 0
+        """The highest id that a message, or a call of a snapshot, was given."""
 
-    async def load(self, connection: Connection, entries: Sequence[Entry]) -> None:
-        """Every call that the entries may touch: what is known of them, and the rest from the database."""
+    def take(self, entries: Sequence[Entry], positions: Mapping[str, int]) -> None:
+        """Take the entries beyond what is committed: `positions` says how far each stream is."""
+        reached = dict(positions)
+        for entry in entries:
+            heard = entry.heard
+            stream = heard.stream
+            if heard.position > reached.get(stream, 0):
+                reached[stream] = heard.position
+                moved = self.streams.get(stream)
+                self.streams[stream] = (heard if moved is None else moved[0], heard)
+                self.fresh.append(entry)
+
+    def recollect(self) -> tuple[dict[tuple[str, int], None], set[int]]:
+        """Take up the calls that are known. Gives the ids of which nothing is, each with its account, and the
+        accounts of which every open call is asked for."""
         unknown: dict[tuple[str, int], None] = {}
         whole: set[int] = set()
         before = self._before
-        for entry in entries:
+        for entry in self.fresh:
             account, decoded = entry.heard.account, entry.decoded
             known = self.known[account]
             if isinstance(decoded, Snapshot):
@@ -234,10 +374,16 @@ class _Work:
                     unknown[alias, account] = None
                 else:
                     before[id] = known.calls[id]
-        if not unknown and not whole:
+        return unknown, whole
+
+    async def load(self, connection: Connection) -> None:
+        """Every call that the entries may touch: what is known of them, and the rest from the database."""
+        unknown, whole = self.recollect()
+        missing = [id for entry in self.fresh for id in normalise.closes(entry.heard, entry.decoded)]
+        if not unknown and not whole and not missing:
             return
         aliases, accounts = zip(*unknown, strict=True) if unknown else ((), ())
-        missing: list[int] = []
+        before = self._before
         for alias, account, id in await connection.fetch(rows.NAMED, aliases, accounts, list(whole)):
             if alias is not None:
                 self.names[alias, account] = id
@@ -249,16 +395,18 @@ class _Work:
         if missing:
             for row in await connection.fetch(rows.CALLS, missing):
                 call = rows.call_of(row)
+                if call.account not in self.known:
+                    continue  # a closing names it, of an account whose rows this transaction does not hold
                 before[call.id] = call
                 if call.open:
                     self.known[call.account].calls[call.id] = call
 
-    def fold(self, entries: Sequence[Entry], *, first_id: int) -> None:
+    def fold(self, *, first_id: int) -> None:
         """Hear the entries in order; `first_id` is the first of the ids reserved for them."""
         board = normalise.Board(self._before.values())
-        add = self._notifications.append
+        add = self.notifications.append
         number = first_id
-        for entry in entries:
+        for entry in self.fresh:
             heard, decoded = entry.heard, entry.decoded
             at = microseconds(heard.received_at)
             steps = board.hear(number, heard, decoded)
@@ -276,6 +424,9 @@ class _Work:
                 self._follow(number, at, steps, decoded.oddities)
             elif isinstance(decoded, Aside):
                 message_type, notification_type = decoded.message_type, decoded.notification_type
+            elif isinstance(decoded, Closing):
+                message_type = CALLS_CLOSED
+                self._follow(number, at, steps)
             else:
                 message_type, reason = "", decoded.reason
             asked_at = None if heard.asked_at is None else microseconds(heard.asked_at)
@@ -284,13 +435,14 @@ class _Work:
                  message_type, notification_type, call_id, asked_at, server_at, reason, heard.raw)
             )  # fmt: skip
             number += normalise.ids_needed(decoded)
+        self.last_id = number - 1
 
     def _follow(self, number: int, at: int, steps: Sequence[Step], oddities: Sequence[Anomaly] = ()) -> None:
         """The rows of what a message did to its calls; `oddities` are about none of them."""
         self.steps += steps
         changes = anomalies = 0
         for odd in oddities:
-            self._anomalies.append((number, anomalies, None, at, odd.kind, odd.detail))
+            self.anomalies.append((number, anomalies, None, at, odd.kind, odd.detail))
             anomalies += 1
         for step in steps:
             call = step.call
@@ -298,7 +450,7 @@ class _Work:
             self.calls[id] = call
             for change in step.changes:
                 before, after = change.before, change.after
-                self._changes.append(
+                self.changes.append(
                     (id, number, changes, at, change.field, change.key,
                      None if before is None else encode(before), None if after is None else encode(after))
                 )  # fmt: skip
@@ -306,11 +458,17 @@ class _Work:
             for party in step.parties:
                 self._parties[id, party.ordinal] = party
             for odd in step.anomalies:
-                self._anomalies.append((number, anomalies, id, at, odd.kind, odd.detail))
+                self.anomalies.append((number, anomalies, id, at, odd.kind, odd.detail))
                 anomalies += 1
 
-    async def store(self, connection: Connection, streams: Sequence[Row]) -> None:
-        """Write all rows, with a number of statements that does not depend on theirs."""
+    async def add(self, connection: Connection) -> None:
+        """Write the rows that are only added."""
+        await rows.copy(connection, schema.notification, self.notifications)
+        await rows.copy(connection, schema.change, self.changes)
+        await rows.copy(connection, schema.anomaly, self.anomalies)
+
+    def arguments(self) -> tuple[Sequence[Any], ...]:
+        """All other rows, as the statements of `rows` take them."""
         calls: list[Row] = []
         names: dict[tuple[str, int], int] = {}
         for id, call in sorted(self.calls.items()):
@@ -322,12 +480,15 @@ class _Work:
                 for alias in call.aliases:
                     names[alias, call.account] = id
                     self.names[alias, call.account] = id if was is None else None
+        streams = [
+            (
+                *(stream, first.account, first.source, microseconds(first.received_at), last.position),
+                *(last.batch or (None, None)),
+            )
+            for stream, (first, last) in self.streams.items()
+        ]
         joined, left = self._stays()
-        await rows.copy(connection, schema.notification, self._notifications)
-        await rows.copy(connection, schema.change, self._changes)
-        await rows.copy(connection, schema.anomaly, self._anomalies)
-        await connection.execute(
-            rows.WRITE,
+        return (
             calls,
             *rows.columns(streams, len(rows.STREAM)),
             *rows.columns([(*name, id) for name, id in names.items()], len(rows.NAME)),

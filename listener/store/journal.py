@@ -24,7 +24,7 @@ from msgspec import Struct
 from listener.core.calls import Call, Cover, Entry, Recorded
 from listener.errors import StoreError
 from listener.store import batch, ledger, migrate
-from listener.store.batch import Recollection, RefusedValue
+from listener.store.batch import Outdated, Recollection, RefusedValue, Written
 from listener.store.connect import CONNECT_S_MAX, Connection, classified, microseconds, speak_plainly
 from listener.store.ledger import Ledger
 
@@ -36,6 +36,42 @@ TRANSACTION_S_MAX = 60
 
 MONTHS_AHEAD = 3
 """Partitions that exist before they are needed: a daemon may run that long without anybody making more."""
+
+
+IDS_AHEAD = 10_000
+"""Ids that are reserved at once; those left over at the end name nothing."""
+
+
+class _Ids:
+    """Ids reserved ahead. They only rise: those of one account's messages are in the order of commit."""
+
+    def __init__(self) -> None:
+        self._next = self._end = 0
+        self._used = 0
+
+    @property
+    def left(self) -> int:
+        """How many may be taken."""
+        return self._end - self._next
+
+    def add(self, first: int, count: int) -> None:
+        """So many consecutive ids are ours; what is left of the ones before is let go."""
+        if first > self._used:
+            self._next, self._end = first, first + count
+
+    def take(self, count: int) -> int | None:
+        """The first of `count` ids; None when there are not so many."""
+        if self.left < count:
+            return None
+        first = self._next
+        self.used(first + count - 1)
+        return first
+
+    def used(self, last: int) -> None:
+        """An id has been given to a message; no lower one will be."""
+        self._used = max(self._used, last)
+        if last >= self._next:
+            self._next = min(last + 1, self._end)
 
 
 class AccountRow(Struct, frozen=True):
@@ -52,6 +88,8 @@ class Journal:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
         self._kept = Recollection()
+        self._ids = _Ids()
+        self._reserving = asyncio.Lock()
 
     @classmethod
     async def open(cls, dsn: str, *, connections: int = 2) -> Self:
@@ -150,9 +188,7 @@ class Journal:
         if not entries:
             return Recorded((), (), 0)
         try:
-            async with self._transaction() as connection:
-                held = await _touch(connection, entries)
-                written = await batch.write(connection, entries, held, self._kept)
+            written = await self._foreseen(entries) or await self._looked_up(entries)
         except RefusedValue:
             async with self._transaction() as connection:
                 held = await _touch(connection, entries)
@@ -160,10 +196,52 @@ class Journal:
         written.keep(self._kept)
         return written.recorded
 
-    async def open_calls(self, accounts: Iterable[int]) -> list[Call]:
-        """The calls that had not ended when they were last heard of."""
+    async def _foreseen(self, entries: Sequence[Entry]) -> Written | None:
+        """As `record`, for a batch of which everything is known already; None where it is not."""
+        if not self._kept.accounts:
+            return None
+        if self._ids.left < len(entries):
+            async with self._reserving, self._connection() as connection:
+                self._ids.add(await connection.fetchval(_RESERVE, IDS_AHEAD), IDS_AHEAD)
+        foreseen = batch.foresee(entries, self._kept, self._ids.take)
+        if foreseen is None:
+            return None
+        try:
+            if len(entries) <= batch.AT_ONCE_MAX:
+                async with self._connection() as connection:
+                    return await foreseen.write_at_once(connection)
+            async with self._transaction() as connection:
+                return await foreseen.write(connection)
+        except Outdated:
+            return None
+
+    async def _looked_up(self, entries: Sequence[Entry]) -> Written:
+        """As `record`, for any batch."""
+        async with self._transaction() as connection:
+            held = await _touch(connection, entries)
+            written = await batch.write(connection, entries, held, self._kept)
+        self._ids.used(written.last_id)
+        return written
+
+    async def open_calls(self, accounts: Iterable[int] | None = None) -> list[Call]:
+        """The calls that had not ended when they were last heard of: of these accounts, or of all that ever
+        were listened to."""
         async with self._connection() as connection:
             return await batch.open_calls(connection, accounts)
+
+    async def unsettled(
+        self, silent_since: datetime, released_before: datetime, count_max: int
+    ) -> list[tuple[int, int]]:
+        """Calls that wait for an end: each as its account and its id, the calls of one account together.
+
+        Those that go on and were not heard of since `silent_since`; and those that ended before
+        `released_before`, as did the wrap-up time that the server named, without being settled. Of either
+        kind `count_max` at most: there may be more. Of all accounts, also those that were retired.
+        """
+        moments = microseconds(silent_since), microseconds(released_before)
+        async with self._connection() as connection:
+            found = await connection.fetch(UNSETTLED, *moments, count_max)
+        return sorted((row[0], row[1]) for row in found)
 
     async def ensure_partitions(self) -> list[str]:
         """Make the next months' partitions that are missing, and give their names. Once a day is enough."""
@@ -213,13 +291,13 @@ class Journal:
             async with asyncio.timeout(TRANSACTION_S_MAX), self._pool.acquire() as connection:
                 try:
                     yield connection
-                except RefusedValue:
+                except (RefusedValue, Outdated):
                     raise
                 except BaseException:
                     # Its state is unknown, and finding out might take for ever. The server rolls back.
                     connection.terminate()
                     raise
-        except RefusedValue:
+        except (RefusedValue, Outdated):
             raise
         except Exception as error:
             raise classified(error) or error from error
@@ -230,7 +308,7 @@ class Journal:
             await connection.execute("BEGIN")
             try:
                 yield connection
-            except RefusedValue:
+            except (RefusedValue, Outdated):
                 await connection.execute("ROLLBACK")
                 raise
             await connection.execute("COMMIT")
@@ -250,13 +328,9 @@ async def _lock(connection: Connection, accounts: list[int]) -> None:
 async def _touch(connection: Connection, entries: Sequence[Entry]) -> dict[int, int]:
     """As `_lock` for the accounts of the entries, and write each row: when it was last heard. Gives for each
     account which transaction had written its row before."""
-    heard: dict[int, datetime] = {}
-    for entry in entries:
-        account, at = entry.heard.account, entry.heard.received_at
-        if account not in heard or heard[account] < at:
-            heard[account] = at
-    accounts = sorted(heard)
-    rows = await connection.fetch(_TOUCH, accounts, [microseconds(heard[account]) for account in accounts])
+    heard = batch.last_heard(entries)
+    accounts = list(heard)
+    rows = await connection.fetch(_TOUCH, accounts, list(heard.values()))
     if len(rows) != len(accounts):
         raise StoreError("An account is not in the database: register the accounts first.")
     return {row[0]: row[1] for row in rows}
@@ -270,6 +344,19 @@ _TOUCH = """
     FROM held, unnest($1::integer[], $2::timestamptz[]) AS n (id, heard_at)
     WHERE a.id = held.id AND a.id = n.id
     RETURNING a.id, held.written_by"""
+
+_RESERVE = "SELECT listener_reserve_ids($1)"
+
+UNSETTLED = """
+    (SELECT account_id, id FROM call
+    WHERE ended_at IS NULL AND settled IS NULL AND last_heard_at < $1 ORDER BY account_id LIMIT $3)
+    UNION ALL
+    (SELECT account_id, id FROM call
+    WHERE ended_at < $2 AND settled IS NULL
+        AND ended_at + greatest(least(coalesce(wrap_up_time_s, 0), 86400), 0) * interval '1 second' < $2
+    ORDER BY ended_at LIMIT $3)"""
+"""The calls that go on and were last heard of before $1, at most $3; and as many of those that ended before
+$2, also when the wrap-up time that the server named is counted (up to a day: what it sends has no bounds)."""
 
 _LOCK = "SELECT count(*) FROM (SELECT FROM account WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE) AS held"
 

@@ -1,8 +1,9 @@
 """How a call becomes a row and a row a call, and the statements that the journal runs over many of them.
 
-What is only added goes in by COPY, all else in one statement: calls as one array of composite values
-(`call_written`), the rest as an array for each column. This was chosen by measurement
-(`benchmarks/journal.py`); an array for each of a call's forty columns costs the client twice as much.
+What is only added goes in by COPY, or with the rest where it is little; all else in one statement: calls as
+one array of composite values (`call_written`), the rest as an array for each column. This was chosen by
+measurement (`benchmarks/journal.py`); an array for each of a call's forty columns costs the client twice as
+much.
 
 Moments are microseconds here and JSON is bytes (`listener.store.connect.speak_plainly`). The statements are
 put together from names in this module and in the schema, and from nothing else.
@@ -115,13 +116,16 @@ def call_of(row: asyncpg.Record) -> Call:
 async def copy(connection: Connection, table: Table, rows: Sequence[Row]) -> None:
     """Add the rows, whose values stand in the order of the table's columns."""
     if rows:
-        names = list(table.columns.keys())
-        await connection.copy_records_to_table(table.name, records=rows, columns=names)
+        await connection.copy_records_to_table(table.name, records=rows, columns=_names(table))
 
 
 def columns(rows: Sequence[Row], count: int) -> Iterable[Sequence[Any]]:
     """The rows turned: one array for each column, `count` empty ones where there is no row."""
     return zip(*rows, strict=True) if rows else ((),) * count
+
+
+def _names(table: Table) -> list[str]:
+    return list(table.columns.keys())
 
 
 def _unnest(table: Table, columns: Iterable[str], *, first: int) -> str:
@@ -157,19 +161,36 @@ OPEN_CALLS = f"""
     WHERE c.account_id = ANY($1) AND c.ended_at IS NULL AND c.settled IS NULL ORDER BY c.id"""  # noqa: S608
 """The same of all that go on at some accounts."""
 
+ALL_OPEN_CALLS = f"""
+    SELECT {_CALL_COLUMNS} FROM call c
+    WHERE c.ended_at IS NULL AND c.settled IS NULL ORDER BY c.id"""  # noqa: S608
+"""The same of all accounts, also of those that are not listened to any more."""
+
 STREAM = ("id", "account_id", "source", "opened_at", "position", "batch", "batch_position")
 NAME = ("alias", "account_id", "call_id")
 JOINED = ("call_id", "ordinal", "number", "e164", "formatted", "role", "joined_at", "left_at")
 LEFT = ("call_id", "ordinal", "left_at")
 
 _WRITTEN = ("id", *_FIXED, *_PLAIN, *_MOMENTS, *_LONG)
-_AFTER_CALLS = 2
-"""The number of the parameter behind the calls."""
 
-WRITE = f"""
-    WITH written AS MATERIALIZED (
+_WRITE_PARAMETERS = 1 + len(STREAM) + len(NAME) + len(JOINED) + len(LEFT)
+
+
+def _write(*, first: int, condition: str = "true") -> str:
+    """The WITH queries that write calls and what belongs to them, and the UPDATE that ends them.
+
+    Its parameters, beginning with number `first`, are a list of `written`, and the columns STREAM, NAME,
+    JOINED and LEFT of the streams that moved, the ids that were given, and the participants who joined and
+    left. All of it together, since each statement of its own costs a round trip. Nothing is touched before
+    the condition has been computed.
+    """
+    stream = first + 1
+    name = stream + len(STREAM)
+    joined = name + len(NAME)
+    left = joined + len(JOINED)
+    return f"""written AS MATERIALIZED (
         SELECT {", ".join(_WRITTEN[:-4])}, capabilities::text[], aliases::text[], participants, user_data
-        FROM unnest($1::call_written[])
+        FROM unnest(${first}::call_written[]) WHERE {condition}
     ), begun AS (
         INSERT INTO call ({", ".join(_WRITTEN)}) SELECT * FROM written WHERE account_id IS NOT NULL
     ), moved AS (
@@ -178,21 +199,72 @@ WRITE = f"""
         FROM written n WHERE c.id = n.id AND n.account_id IS NULL
     ), marked AS (
         INSERT INTO stream ({", ".join(STREAM)})
-        SELECT * FROM {_unnest(schema.stream, STREAM, first=_AFTER_CALLS)}
+        SELECT * FROM {_unnest(schema.stream, STREAM, first=stream)} WHERE {condition}
         ON CONFLICT (id) DO UPDATE SET
             position = excluded.position, batch = excluded.batch, batch_position = excluded.batch_position
     ), named AS (
         INSERT INTO call_alias AS a ({", ".join(NAME)})
-        SELECT * FROM {_unnest(schema.call_alias, NAME, first=_AFTER_CALLS + len(STREAM))}
+        SELECT * FROM {_unnest(schema.call_alias, NAME, first=name)} WHERE {condition}
         ON CONFLICT (alias, account_id) DO UPDATE SET call_id = excluded.call_id
         WHERE excluded.call_id > a.call_id
     ), joined AS (
         INSERT INTO participant ({", ".join(JOINED)})
-        SELECT * FROM {_unnest(schema.participant, JOINED, first=_AFTER_CALLS + len(STREAM + NAME))}
-    )
-    UPDATE participant p SET left_at = n.left_at
-    FROM {_unnest(schema.participant, LEFT, first=_AFTER_CALLS + len(STREAM + NAME + JOINED))}
-    WHERE p.call_id = n.call_id AND p.ordinal = n.ordinal"""  # noqa: S608
-"""All that is not only added, together, since each statement of its own costs a round trip: its arguments
-are a list of `written`, and the columns STREAM, NAME, JOINED and LEFT of the streams that moved, the ids that
-were given, and the participants who joined and left."""
+        SELECT * FROM {_unnest(schema.participant, JOINED, first=joined)} WHERE {condition}
+    ), parted AS (
+        UPDATE participant p SET left_at = n.left_at
+        FROM {_unnest(schema.participant, LEFT, first=left)}
+        WHERE p.call_id = n.call_id AND p.ordinal = n.ordinal AND {condition}
+    )"""  # noqa: S608 - see the top
+
+
+WRITE = f"WITH {_write(first=1)} SELECT"
+"""All that is not only added; see `_write` for its arguments."""
+
+EXPECTED = ("id", "written_by", "heard_at", "alias", "alias_account_id")
+_EXPECT = """
+    held AS MATERIALIZED (
+        SELECT id, xmin AS written_by FROM account WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE
+    ), expected AS MATERIALIZED (
+        SELECT listener_expect(
+            (SELECT array_agg(written_by ORDER BY id) FROM held) = $2::xid[]
+            AND NOT EXISTS (
+                SELECT FROM unnest($4::text[], $5::integer[]) AS n (alias, account_id)
+                JOIN call_alias a ON a.alias = n.alias AND a.account_id = n.account_id)
+        ) AS met
+    ), heard AS (
+        UPDATE account a SET heard_at = greatest(a.heard_at, n.heard_at)
+        FROM unnest($1::integer[], $3::timestamptz[]) AS n (id, heard_at)
+        WHERE a.id = n.id AND (SELECT met FROM expected)
+    )"""
+"""The rows of the batch's accounts are as they were left, and no call has any of some ids; else the statement
+fails with the SQLSTATE OUTDATED. Its arguments are the columns EXPECTED: the accounts in order, which
+transaction wrote the row of each, when each was heard; and the ids with their accounts."""
+
+OUTDATED = "LS001"
+
+_MET = "(SELECT met FROM expected)"
+
+WRITE_AS_EXPECTED = f"""
+    WITH {_EXPECT}, {_write(first=1 + len(EXPECTED), condition=_MET)}
+    SELECT pg_current_xact_id() FROM expected"""  # noqa: S608 - see the top
+"""WRITE under the condition of _EXPECT, whose arguments come first. Gives the transaction's id."""
+
+
+def _add(table: Table, *, first: int) -> str:
+    names = _names(table)
+    source = f"{_unnest(table, names, first=first)} WHERE {_MET}"
+    return f"INSERT INTO {table.name} ({', '.join(names)}) SELECT * FROM {source}"  # noqa: S608 - see the top
+
+
+_ADDED = 1 + len(EXPECTED) + _WRITE_PARAMETERS
+_CHANGES = _ADDED + len(schema.notification.columns)
+_ANOMALIES = _CHANGES + len(schema.change.columns)
+
+WRITE_AT_ONCE = f"""
+    WITH {_EXPECT}, {_write(first=1 + len(EXPECTED), condition=_MET)},
+    notified AS ({_add(schema.notification, first=_ADDED)}),
+    changed AS ({_add(schema.change, first=_CHANGES)}),
+    odd AS ({_add(schema.anomaly, first=_ANOMALIES)})
+    SELECT pg_current_xact_id() FROM expected"""  # noqa: S608 - see the top
+"""WRITE_AS_EXPECTED and the rows that are only added, whose columns come last: a whole transaction in one
+round trip. For many rows COPY is quicker."""

@@ -106,6 +106,7 @@ TABLES = (
     "CREATE INDEX ix_call_opened_at_id ON call (opened_at, id)",
     "CREATE INDEX ix_call_account_id_opened_at_id ON call (account_id, opened_at, id)",
     "CREATE INDEX ix_call_open ON call (account_id) WHERE ended_at IS NULL AND settled IS NULL",
+    "CREATE INDEX ix_call_unsettled ON call (ended_at) WHERE ended_at IS NOT NULL AND settled IS NULL",
     "CREATE INDEX ix_call_call_uuid ON call (call_uuid)",
     "CREATE INDEX ix_call_number ON call (reverse(number) text_pattern_ops, opened_at)",
     "CREATE INDEX ix_call_phone_number ON call (reverse(phone_number) text_pattern_ops, opened_at)",
@@ -234,7 +235,9 @@ COMMENTS = {
     "coverage": "Whether an account was observed (cause empty), or why not; `until` NULL is now.",
 }
 
-# Both functions run as whoever owns the tables, so that the writer needs neither UPDATE on the sequence nor
+OURS = "listener_reserve_ids(bigint), listener_ensure_partitions(integer), listener_expect(boolean)"
+
+# The two that need it run as whoever owns the tables, so that the writer needs neither UPDATE on the sequence nor
 # the right to make tables; their search path is fixed, so that nobody can put other tables before ours.
 FUNCTIONS = (
     """
@@ -255,6 +258,17 @@ FUNCTIONS = (
         END;
         PERFORM pg_advisory_unlock(7809644666444607597);
         RETURN first;
+    END
+    $$""",
+    """
+    CREATE FUNCTION listener_expect(held boolean) RETURNS boolean LANGUAGE plpgsql
+    AS $$
+    -- What a statement was built on must hold, or nothing of the statement is done.
+    BEGIN
+        IF held IS NOT TRUE THEN
+            RAISE EXCEPTION 'not as expected' USING ERRCODE = 'LS001';
+        END IF;
+        RETURN true;
     END
     $$""",
     """
@@ -337,10 +351,8 @@ VIEWS = {
 }
 
 GRANTS = (
-    "REVOKE ALL ON FUNCTION listener_reserve_ids(bigint), listener_ensure_partitions(integer) FROM PUBLIC",
-    """
-    GRANT EXECUTE ON FUNCTION listener_reserve_ids(bigint), listener_ensure_partitions(integer)
-        TO listener_writer""",
+    f"REVOKE ALL ON FUNCTION {OURS} FROM PUBLIC",
+    f"GRANT EXECUTE ON FUNCTION {OURS} TO listener_writer",
     # What happened is added to, and no more; what follows from it is kept up to date.
     "GRANT SELECT, INSERT ON notification, change, anomaly TO listener_writer",
     """
@@ -371,7 +383,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.execute(f"DROP VIEW {', '.join(VIEWS)}")
-    op.execute("DROP FUNCTION listener_reserve_ids(bigint), listener_ensure_partitions(integer)")
+    op.execute(f"DROP FUNCTION {OURS}")
     op.execute(f"DROP TABLE {', '.join(reversed(COMMENTS))}")
     op.execute("DROP TYPE call_written")
     op.execute("DROP SEQUENCE notification_id_seq")
