@@ -614,7 +614,10 @@ async def test_the_bundled_server_runs_as_long_as_the_daemon() -> None:
                 await asyncpg.connect(Embedded(place).dsn, timeout=2)
             server = Embedded(place)
             await asyncio.to_thread(server.start)
-            (await compare(server.dsn, simulator.truth())).check()
+            try:
+                (await compare(server.dsn, simulator.truth())).check()
+            finally:
+                await asyncio.to_thread(server.stop)
         finally:
             server = Embedded(place)
             await asyncio.to_thread(server.start)
