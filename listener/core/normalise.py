@@ -15,8 +15,9 @@ backwards: should our clock be set back, the last time stands until the clock ha
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -139,11 +140,11 @@ NO_WRAP_UP_END = "released: the end of the wrap-up was not heard"
 """Why a call is settled whose Completed never came."""
 
 
-def ids(decoded: Decoded) -> tuple[str, ...]:
+def ids(decoded: Decoded) -> Sequence[str]:
     """Every id under which the calls of a message may be known: load these before a `Board` hears it."""
     match decoded:
         case Notification():
-            return tuple(_ids(decoded))
+            return _ids(decoded)
         case Snapshot():
             return tuple(dict.fromkeys(id for call in decoded.calls for id in _ids(call)))
         case Closing() | Aside() | Unrecognised():
@@ -371,7 +372,7 @@ def _opening(notification_id: int, heard: Heard, notification: Notification, odd
     )
     changes = [Change("state", None, state)] if state is not None else []
     if notification.capabilities:
-        changes.append(Change("capabilities", None, sorted(notification.capabilities)))
+        changes.append(Change("capabilities", None, _in_order(notification.capabilities)))
     changes.extend(_movements(parties, parties))
     user_data = notification.user_data or {}
     changes.extend(_differences({}, user_data))
@@ -450,7 +451,7 @@ def _following(call: Call, heard: Heard, notification: Notification, odd: list[A
     capabilities = notification.capabilities
     if capabilities is not None and capabilities != call.capabilities:
         after["capabilities"] = capabilities
-        changes.append(Change("capabilities", sorted(call.capabilities), sorted(capabilities)))
+        changes.append(Change("capabilities", _in_order(call.capabilities), _in_order(capabilities)))
 
     if notification.participants is not None and goes_on:
         stays, parties = _stays(call.parties, notification.participants, at)
@@ -463,9 +464,10 @@ def _following(call: Call, heard: Heard, notification: Notification, odd: list[A
         after["user_data"] = user_data
         changes.extend(_differences(call.user_data, user_data))
 
-    aliases = {*call.aliases, *_ids(notification)}
-    if len(aliases) > len(call.aliases):
-        after["aliases"] = tuple(dict.fromkeys((*call.aliases, *_ids(notification))))
+    known_ids = call.aliases
+    new_ids = [id for id in _ids(notification) if id not in known_ids]
+    if new_ids:
+        after["aliases"] = (*known_ids, *new_ids)
     if notification.device_id is not None:
         after["device_id"] = notification.device_id
     if call.number is None:
@@ -493,6 +495,12 @@ def _following(call: Call, heard: Heard, notification: Notification, odd: list[A
         if was.left_at is None or was.ordinal in moved_now
     )
     return Step(ended, tuple(changes), tuple(anomalies), left, ended=True)
+
+
+@lru_cache(maxsize=1024)
+def _in_order(capabilities: frozenset[str]) -> list[str]:
+    """As it stands in a change; shared, since the same few sets come again and again."""
+    return sorted(capabilities)
 
 
 def _note_type(notification: Notification, anomalies: list[Anomaly]) -> None:
@@ -657,6 +665,8 @@ def _stays(
 
     The list is a snapshot of the other parties. The same number twice is two parties.
     """
+    if len(known) == len(listed) == 1 and known[0].left_at is None and known[0].number == listed[0].number:
+        return known, ()  # as in most messages
     present = [party for party in known if party.left_at is None]
     if [*map(_number, present)] == [*map(_number, listed)]:
         return known, ()
