@@ -469,8 +469,11 @@ async def _write_part(request: web.Request, body: bytes, count: int) -> web.Stre
     """Promise the whole body, send its first bytes, and close."""
     response = web.StreamResponse(headers={"Content-Type": "application/json;charset=UTF-8"})
     response.content_length = len(body)
-    await response.prepare(request)
-    await response.write(body[:count])
+    try:
+        await response.prepare(request)
+        await response.write(body[:count])
+    except ConnectionError:
+        return cut(request)  # the client had gone away before
     if request.transport is not None:
         request.transport.close()
     return response
