@@ -1,13 +1,16 @@
-"""How answers look: the calls, one call's timeline and coverage, as tables for people and JSON for programs.
+"""How answers look: the calls, one call's timeline and coverage, as tables and pictures for people and JSON
+for programs.
 
 It decides columns, words and units; it refuses to know how an answer was found, and asks nothing itself. A
 table shows local time, JSON has UTC; JSON holds everything, a table what fits. Both always say which share of
-the asked time was observed, because "no call" and "nobody listened" are different answers.
+the asked time was observed, because "no call" and "nobody listened" are different answers. What nobody heard,
+such as the end of a call that ended in a gap, is said to be unheard and never shown as a time or a duration.
 """
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, time, timedelta
 from typing import Any
 
 import msgspec
@@ -16,9 +19,20 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from listener.core.calls import Call
-from listener.store.history import Altered, Coverage, Found, Odd, Page, Stretch, Timeline
+from listener.store.history import (
+    Altered,
+    Coverage,
+    Figures,
+    Found,
+    Odd,
+    Page,
+    Present,
+    Timeline,
+    Watched,
+)
 
 WIDTH_ELSEWHERE = 200
 """Columns where standard output is no terminal: wide enough that nothing useful is left out."""
@@ -28,13 +42,22 @@ TITLE_CHARS_MAX = 30
 """A longer name of a message, which Genesys has none of, goes on on the next line."""
 VALUE_CHARS_MAX = 60
 """A longer value of attached data is cut in a table; JSON has it whole."""
+GAPS_SHOWN_MAX = 1000
+"""Gaps in a table, which says how many more there are; JSON has them all."""
+LABEL_CHARS_MAX = 24
+"""A longer name of an account is cut beside its strip, so that there is room for the strip."""
+CELLS_MIN = 10
+"""A strip has so many cells also where the terminal is too narrow for them."""
 
 _STATES = {"Ringing": "yellow", "Dialing": "cyan", "Established": "green", "Held": "magenta"}
 
 
-def console() -> Console:
-    """A console for standard output, as it is now."""
-    found = Console(highlight=False)
+def console(width: int | None = None) -> Console:
+    """A console for standard output, as it is now, or as wide as is asked for. Colours are for a terminal,
+    and NO_COLOR switches them off (no-color.org)."""
+    found = Console(highlight=False, width=width)
+    if width is not None:
+        return found
     # COLUMNS would not do elsewhere: Python's readline sets it to 80 for every child, asked for or not.
     return found if found.is_terminal else Console(highlight=False, width=WIDTH_ELSEWHERE)
 
@@ -99,6 +122,35 @@ def share(value: float) -> str:
     return f"{percent:.1f} %".replace(".0 %", " %")
 
 
+_INFERRED = "inferred: "
+
+
+def _unheard(call: Call) -> str:
+    """Why a call counts as ended whose end nobody heard; nothing for any other call."""
+    if call.ended_at is None and call.settled is not None:
+        return call.settled.removeprefix(_INFERRED)
+    return ""
+
+
+def _durations(call: Call) -> dict[str, str]:
+    """Ring, talk and hold in words. Of a call whose end nobody heard they lasted at least so long ("+"), or
+    nobody knows how long ("?")."""
+
+    def told(value: float, *, began: bool, ended: bool) -> str:
+        if not began:
+            return ""
+        if ended:
+            return seconds(value)
+        return f"{seconds(value)}+" if value else "?"
+
+    heard, answered = not _unheard(call), call.established_at is not None
+    return {
+        "ring": told(call.ring_s, began=True, ended=heard or answered),
+        "talk": told(call.talk_s, began=heard or answered, ended=heard),
+        "hold": told(call.hold_s, began=call.hold_count > 0, ended=heard),
+    }
+
+
 def _participants(call: Call) -> str:
     """Everyone who was on the call, once each, in order; in brackets who has left before it ended."""
     stays = {party.number: party for party in call.parties}
@@ -118,7 +170,7 @@ def _state(call: Call) -> str:
 
 
 def _outcome(call: Call) -> str:
-    if call.settled is not None and call.settled.startswith("inferred"):
+    if _unheard(call):
         return f"{call.outcome or ''} (inferred)".strip()
     return call.outcome or ""
 
@@ -167,9 +219,7 @@ def _row(found: Found) -> dict[str, str]:
         "call": found.who,
         "participants": _participants(call),
         "state": call.state,
-        "ring": seconds(call.ring_s),
-        "talk": seconds(call.talk_s),
-        "hold": seconds(call.hold_s) if call.hold_count else "",
+        **_durations(call),
         "outcome": _outcome(call),
     }
 
@@ -241,6 +291,9 @@ def show_calls(page: Page, out: Console) -> None:
                 table.add_row(*shown.values())
             out.print(table)
         out.print("participants: everybody except the account itself, in brackets who left before the end")
+        if reasons := sorted({_unheard(found.call) for found in page.calls} - {""}):
+            why = escape("; ".join(reasons))
+            out.print(f"inferred: nobody heard the end ({why}); + is at least so long, ? is not known")
     if left_out:
         out.print(f"too narrow for: {', '.join(left_out)}; a wider terminal or -o json shows them")
     count = f"{len(page.calls) or 'no'} call{'s' * (len(page.calls) != 1)}"
@@ -255,11 +308,13 @@ def show_timeline(timeline: Timeline, out: Console, *, everything: bool = False)
     call = timeline.found.call
     out.print(f"[bold]call {call.id}[/] of {escape(timeline.found.account)}: {_summary(timeline.found)}")
     out.print(f"  began   {_local(call.opened_at)}")
+    out.print(f"  ended   {_ended(timeline)}")
     out.print(f"  ids     {escape(', '.join(call.aliases))}")
     if call.parent_call_id:
         out.print(f"  consult belongs to {escape(call.parent_call_id)}")
     for party in call.parties:
-        left = f"left {_local(party.left_at)}" if party.left_at else "is on it"
+        stays = "is on it" if call.open else "nobody heard when it left"
+        left = f"left {_local(party.left_at)}" if party.left_at else stays
         role = f" ({party.role})" if party.role else ""
         out.print(f"  {escape(party.number)}{escape(role)} joined {_local(party.joined_at)}, {left}")
     for key, value in call.user_data.items():
@@ -286,7 +341,18 @@ def show_timeline(timeline: Timeline, out: Console, *, everything: bool = False)
     out.print(table)
     if left_out:
         out.print(f"{left_out} change{'s' * (left_out != 1)} of capabilities left out; --all shows all")
-    out.print(_observed(timeline.observed, call.opened_at, call.last_heard_at))
+    out.print(_observed(timeline.observed, call.opened_at, timeline.until))
+
+
+def _ended(timeline: Timeline) -> str:
+    """When a call ended; or between which moments it did so unheard, and why that is known."""
+    call = timeline.found.call
+    if call.ended_at is not None:
+        return _local(call.ended_at)
+    if call.open:
+        return "not yet"
+    between = f"between {_local(call.last_heard_at)} and {_local(timeline.until)}"
+    return f"unheard, {between}: {escape(_unheard(call))}"
 
 
 def _summary(found: Found) -> str:
@@ -295,14 +361,9 @@ def _summary(found: Found) -> str:
     if outcome := _outcome(call):
         parts.append(outcome)
     figures = [
-        f"{name} {seconds(value)}"
-        for name, value in (
-            ("ring", call.ring_s),
-            ("talk", call.talk_s),
-            ("hold", call.hold_s),
-            ("wrap", call.wrap_s),
-        )
-        if value
+        f"{name} {told}"
+        for name, told in (_durations(call) | {"wrap": seconds(call.wrap_s)}).items()
+        if told not in {"", "0.0 s"}
     ]
     return ", ".join([*parts, *figures])
 
@@ -333,74 +394,274 @@ def _value(value: Any) -> str:
     return text if len(text) <= VALUE_CHARS_MAX else text[: VALUE_CHARS_MAX - 1] + "…"
 
 
-def _merged(stretches: Iterable[Stretch]) -> list[Stretch]:
-    """Neighbours of one account and one cause as one stretch."""
-    merged: list[Stretch] = []
-    for stretch in stretches:
-        if merged and (merged[-1].account, merged[-1].cause, merged[-1].until) == (
-            stretch.account,
-            stretch.cause,
-            stretch.since,
-        ):
-            merged[-1] = msgspec.structs.replace(merged[-1], until=stretch.until)
-        else:
-            merged.append(stretch)
-    return merged
+# ── Coverage ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _lasted_s(stretch: Stretch) -> float:
-    return (stretch.until - stretch.since).total_seconds()
+def show_coverage(coverage: Coverage, out: Console, *, gaps: bool = False) -> None:
+    """Print a row for each account, the worst first: how much of it was observed, its gaps, and how it is at
+    the end; then the tenants, and all together. With `gaps`, each gap of theirs instead of the rows."""
+    if not coverage.accounts:
+        out.print(_nobody(coverage))
+        return
+    if gaps:
+        _show_gaps(coverage, out)
+    else:
+        _show_accounts(coverage, out)
+    together = [
+        {"together": f"{each.tenant} ({each.accounts})", **_figures(each.figures)}
+        for each in coverage.tenants
+        if each.tenant
+    ]
+    count = sum(each.accounts for each in coverage.tenants)
+    together.append({"together": f"all ({count})", **_figures(coverage.total)})
+    _print_rows(together, out)
+    _show_rest(coverage, out)
 
 
-def _by_account(stretches: Iterable[Stretch], *, last: str) -> Table:
-    """A row for each account: how much of it was observed, and the worst that happened."""
-    accounts: dict[str, list[Stretch]] = {}
-    for stretch in stretches:
-        accounts.setdefault(stretch.account, []).append(stretch)
-    titles = ("account", "observed", "gaps", "longest gap", "its cause", last)
-    table = _table(*titles, right=("observed", "gaps", "longest gap"))
-    for name, its in accounts.items():
-        gaps = [stretch for stretch in its if stretch.cause]
-        longest = max(gaps, key=_lasted_s, default=None)
-        asked_s = sum(map(_lasted_s, its))
-        observed = 1 - sum(map(_lasted_s, gaps)) / asked_s if asked_s else 0.0
-        table.add_row(
-            escape(name),
-            share(observed),
-            str(len(gaps)),
-            seconds(_lasted_s(longest)) if longest else "",
-            escape(longest.cause) if longest else "",
-            _covered(its[-1]),
+def _nobody(coverage: Coverage) -> str:
+    """Why an answer has no account."""
+    if coverage.first_at is None:
+        return "not started: there is no account yet"
+    if coverage.since >= coverage.now:
+        return f"not started: the time from {_local(coverage.since)} on is still to come"
+    if coverage.until <= coverage.first_at:
+        return f"not started: the first account was added {_local(coverage.first_at)}, after that time"
+    return f"there was no account from {_local(coverage.since)} to {_local(coverage.until)}"
+
+
+def _show_rest(coverage: Coverage, out: Console) -> None:
+    """What every answer about coverage ends with."""
+    if coverage.not_shown:
+        out.print(
+            f"{coverage.not_shown} more accounts, none of them worse, are not shown; --limit shows more"
         )
-    return table
+    when = "now" if coverage.until == coverage.now else "at the end"
+    how = [f"{count} {escape(cause) or 'observed'}" for cause, count in coverage.last.items()]
+    out.print(f"{when}: {', '.join(how) or 'all removed'}")
+    to_come = "; the rest is still to come" if coverage.asked_until > coverage.until else ""
+    out.print(_observed(coverage.observed, coverage.since, coverage.until) + to_come)
 
 
-def show_coverage(
-    coverage: Coverage, out: Console, *, each: bool = False, gaps_only: bool = False, last: str = "now"
-) -> None:
-    """Print a row for each account: how much of it was observed, its gaps, and how it is at the end, which
-    `last` names. With `each`, from when to when it was observed; with `gaps_only`, only when it was not."""
-    merged = _merged(coverage.stretches)
-    shown = [stretch for stretch in merged if stretch.cause or not gaps_only]
-    if shown and not (each or gaps_only):
-        out.print(_by_account(shown, last=last))
-        out.print("--account NAME shows when, --gaps all gaps")
-    elif shown:
-        table = _table("account", "from", "to", "for", "", right=("for",))
-        for stretch in shown:
-            table.add_row(
-                escape(stretch.account),
-                _local(stretch.since),
-                _local(stretch.until),
-                seconds(_lasted_s(stretch)),
-                _covered(stretch),
-            )
+def _figures(figures: Figures) -> dict[str, str]:
+    causes = sorted(figures.causes_s.items(), key=lambda each: -each[1])
+    return {
+        "observed": share(figures.percent / 100) if figures.percent is not None else "–",
+        "gaps": str(figures.gaps),
+        "longest gap": seconds(figures.longest_gap_s) if figures.gaps else "",
+        "not observed": ", ".join(f"{cause} {seconds(lasted)}" for cause, lasted in causes),
+    }
+
+
+def _show_accounts(coverage: Coverage, out: Console) -> None:
+    last = "now" if coverage.until == coverage.now else "at the end"
+    rows = [
+        {
+            "account": each.account,
+            "tenant": each.tenant,
+            **_figures(each.figures),
+            last: _present(each.last, coverage.until),
+        }
+        for each in coverage.accounts
+    ]
+    left_out = _print_rows(rows, out)
+    if left_out:
+        out.print(f"too narrow for: {', '.join(left_out)}; a wider terminal or -o json shows them")
+    out.print()
+
+
+_SENTENCES = {"not observed", "now", "at the end"}
+
+
+def _print_rows(rows: Sequence[Mapping[str, str]], out: Console) -> list[str]:
+    """Print rows of coverage; gives the columns for which there was no room. Sentences go on on the next
+    line, between two words."""
+    widths = {
+        column: _needed(column, [row[column] for row in rows], words=column in _SENTENCES)
+        for column in rows[0]
+    }
+    left_out: list[str] = []
+    for column in ("tenant", "longest gap"):
+        if column in widths and _left(widths, out) < 0:
+            del widths[column]
+            left_out.append(column)
+    for column in reversed([each for each in widths if each in _SENTENCES]):
+        wanted = _needed(column, [row[column] for row in rows])
+        widths[column] += max(0, min(_left(widths, out), wanted - widths[column]))
+    table = _table(*widths, right=("observed", "gaps", "longest gap"), widths=widths)
+    for row in rows:
+        cells_ = {column: escape(row[column]) for column in widths}
+        for column in ("now", "at the end"):
+            if column in cells_:
+                colour = "green" if row[column] == "observed" else "red"
+                cells_[column] = f"[{colour}]{cells_[column]}[/]"
+        table.add_row(*cells_.values())
+    out.print(table)
+    return left_out
+
+
+def _left(widths: Mapping[str, int], out: Console) -> int:
+    return out.width - sum(widths.values()) - _GAP_CHARS * (len(widths) - 1)
+
+
+def _present(present: Present | None, at: datetime) -> str:
+    if present is None:
+        return "removed"
+    if not present.cause:
+        return "observed"
+    since = _time(present.since) if _day(present.since) == _day(at) else _local(present.since)
+    return f"{present.cause} since {since}"
+
+
+def _show_gaps(coverage: Coverage, out: Console) -> None:
+    gaps = [(each.account, gap) for each in coverage.accounts for gap in each.gaps]
+    table = _table("account", "from", "to", "for", "cause", right=("for",))
+    for account, gap in gaps[:GAPS_SHOWN_MAX]:
+        lasted = seconds((gap.until - gap.since).total_seconds())
+        table.add_row(escape(account), _local(gap.since), _local(gap.until), lasted, escape(gap.cause))
+    if gaps:
         out.print(table)
-    together = " of all accounts together" if len({stretch.account for stretch in merged}) > 1 else ""
-    for cause, lasted in sorted(coverage.gaps_s.items()):
-        out.print(f"not observed, {escape(cause)}: {seconds(lasted)}{together}")
-    out.print(_observed(coverage.observed, coverage.since, coverage.until))
+        out.print()
+    if len(gaps) > GAPS_SHOWN_MAX:
+        out.print(f"{len(gaps) - GAPS_SHOWN_MAX} more gaps are not shown; -o json has them all")
 
 
-def _covered(stretch: Stretch) -> str:
-    return f"[red]{escape(stretch.cause)}[/]" if stretch.cause else "[green]observed[/]"
+# ── Coverage as a picture ─────────────────────────────────────────────────────────────────────────────
+
+CAUSES = {
+    "not started": ("N", "bright_black"),
+    "stopped": ("X", "bright_black"),
+    "disconnected": ("D", "red"),
+    "session lost": ("L", "magenta"),
+    "login refused": ("P", "yellow"),
+    "subscription refused": ("R", "yellow"),
+    "stalled": ("S", "bright_red"),
+    "storage down": ("B", "cyan"),
+    "oversized": ("O", "blue"),
+    "malformed": ("M", "blue"),
+}
+"""The letter and the colour of each cause; small, the letter says that part of a cell was observed."""
+_OTHER = ("U", "red")
+_ABSENT = " "
+
+
+def cells(each: Watched, edges: Sequence[datetime], observed: str) -> str:
+    """One character for each stretch of time between two edges.
+
+    `observed` where all of it was; the capital of a cause where nothing was, and its small letter where only
+    a part was missing, however short; a blank where there was no such account. Of several causes in a cell
+    the longest is told.
+    """
+    lost: list[dict[str, timedelta]] = [{} for _ in edges[1:]]
+    for gap in each.gaps:
+        at = max(bisect_right(edges, gap.since) - 1, 0)
+        while at < len(lost) and edges[at] < gap.until:
+            lasted = min(gap.until, edges[at + 1]) - max(gap.since, edges[at])
+            if lasted:
+                lost[at][gap.cause] = lost[at].get(gap.cause, timedelta()) + lasted
+            at += 1
+    drawn = []
+    for begin, end, causes in zip(edges, edges[1:], lost, strict=False):
+        existed = min(end, each.until) - max(begin, each.since)
+        if existed <= timedelta():
+            drawn.append(_ABSENT)
+        elif not causes:
+            drawn.append(observed)
+        else:
+            letter = CAUSES.get(max(sorted(causes), key=lambda cause: causes[cause]), _OTHER)[0]
+            whole = sum(causes.values(), timedelta()) == existed
+            drawn.append(letter if whole else letter.lower())
+    return "".join(drawn)
+
+
+def show_strip(coverage: Coverage, out: Console) -> None:
+    """Draw a line for each account, the worst first, as wide as the console: time runs to the right."""
+    if not coverage.accounts:
+        out.print(_nobody(coverage))
+        return
+    label_chars = min(max(cell_len(each.account) for each in coverage.accounts), LABEL_CHARS_MAX)
+    percents = [_short(each.figures) for each in coverage.accounts]
+    percent_chars = max(map(len, percents))
+    count = max(out.width - label_chars - percent_chars - 2, CELLS_MIN)
+    span = coverage.until - coverage.since
+    edges = [coverage.since + span * place // count for place in range(count + 1)]
+    observed = "━" if out.encoding.startswith("utf") else "="
+    styles = {letter: f"bold {colour} reverse" for letter, colour in (*CAUSES.values(), _OTHER)}
+    styles |= {letter.lower(): f"bold {colour}" for letter, colour in (*CAUSES.values(), _OTHER)}
+    for each, percent in zip(coverage.accounts, percents, strict=True):
+        line = Text(each.account)
+        line.truncate(label_chars, overflow="ellipsis", pad=True)
+        line.append(" ")
+        for drawn in cells(each, edges, observed):
+            line.append(drawn, styles.get(drawn, "green"))
+        line.append(f" {percent:>{percent_chars}}")
+        out.print(line, soft_wrap=True)
+    out.print(Text(" " * (label_chars + 1) + axis(coverage.since, coverage.until, count)), soft_wrap=True)
+    causes = [
+        cause for cause in coverage.total.causes_s if any(_has(each, cause) for each in coverage.accounts)
+    ]
+    legend = Text(f"{observed} observed", "green")
+    for cause in causes:
+        letter, colour = CAUSES.get(cause, _OTHER)
+        legend.append(f"  {letter} {cause}", colour)
+    out.print(legend)
+    part = "; a small letter: a part of it was observed" if causes else ""
+    out.print(f"each cell is {_cell(span / count)}{part}; blank: no such account then")
+    _show_rest(coverage, out)
+
+
+def _has(each: Watched, cause: str) -> bool:
+    return cause in each.figures.causes_s
+
+
+def _short(figures: Figures) -> str:
+    """A share in few characters, never rounded up to all nor down to nothing."""
+    percent = figures.percent
+    if percent is None:
+        return "–"
+    if 0 < percent < 0.1:
+        return "<0.1 %"
+    return (
+        ">99.9 %"
+        if 99.9 < percent < 100
+        else f"{percent:.0f} %"
+        if percent in {0, 100}
+        else f"{percent:.1f} %"
+    )
+
+
+def _cell(lasts: timedelta) -> str:
+    lasts_s = lasts.total_seconds()
+    return f"{lasts_s * 1000:.3g} ms" if lasts_s < 1 else seconds(lasts_s)
+
+
+_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_600, 43_200, 86_400)
+_DAY_S = 86_400
+
+
+def axis(since: datetime, until: datetime, count: int) -> str:
+    """Local times below `count` cells: each mark stands below the cell in which its time lies."""
+    drawn = ""
+    for place, label in _marks(since, until, count):
+        if place >= len(drawn) + bool(drawn) and place + len(label) < count:
+            drawn = drawn.ljust(place) + "|" + label
+    return drawn.ljust(count)
+
+
+def _marks(since: datetime, until: datetime, count: int) -> Iterator[tuple[int, str]]:
+    """Round local times in [since, until), each with its cell and what to call it."""
+    span_s = (until - since).total_seconds()
+    room_s = span_s * len("|00:00:00  ") / count
+    step_s = next((each for each in _STEPS_S if each >= room_s), 0)
+    if not step_s:
+        step_s = _DAY_S
+        while step_s < room_s:
+            step_s *= 2
+    # By the clock on the wall, so that marks are round also where summer time begins or ends.
+    wall = since.astimezone().replace(tzinfo=None)
+    midnight = datetime.combine(wall.date(), time())
+    mark = midnight + timedelta(seconds=-((midnight - wall).total_seconds() // step_s) * step_s)
+    while (at := mark.astimezone(UTC)) < until:
+        if at >= since:
+            form = "%m-%d" if mark.time() == time() else "%H:%M:%S" if step_s < 60 else "%H:%M"
+            yield int((at - since) * count / (until - since)), mark.strftime(form)
+        mark += timedelta(seconds=step_s)

@@ -22,11 +22,13 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 from listener import __version__
 from listener.errors import ListenerError, RemoteError, SettingsError, StoreError
 
 if TYPE_CHECKING:
+    from listener.core.calls import Direction
     from listener.settings import Settings
     from listener.store.history import Coverage, History, Page
 
@@ -40,8 +42,11 @@ REMOTE = 4
 INTERNAL = 70
 INTERRUPTED = 130
 
-LIMIT_MAX = 1000
-"""Calls in one list; `listener.store.history` has the same bound, and is too slow to import for --help."""
+LIMIT = 50
+"""Calls or accounts in one answer, where no other number is asked for."""
+
+WIDTH_MIN, WIDTH_MAX = 20, 2000
+"""Columns that an answer may be asked to have."""
 
 PORT_MAX = 65535
 
@@ -55,6 +60,7 @@ five minutes, from nothing to a question answered:
   make demo                                   a simulated contact centre, heard live; Ctrl-C ends it
   listener calls --number 5001 --since 1h     the calls with 5001 in the last hour, and who was on them
   listener call 4711                          all that happened on one of them
+  listener coverage --last 1h -o strip        who was listened to, and when not, as a picture
 
 a site of your own:
   cp deploy/listener.example.toml listener.toml   then edit it
@@ -64,7 +70,7 @@ a site of your own:
 
 exit codes:
   0   done; the answer is yes
-  1   done; the answer is no: no such call, something was not recognised, something is missing
+  1   done; the answer is no: no such call or account, something was not recognised, something is missing
   2   wrong usage or configuration; the message names the file, the line and the cure
   3   the database is not there or not up to date
   4   the contact centre refuses or does not answer
@@ -75,6 +81,7 @@ exit codes:
 
 # ── Times ─────────────────────────────────────────────────────────────────────────────────────────────
 
+_SO_LONG = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -85,7 +92,7 @@ def moment(text: str, now: datetime) -> datetime:
     """
     if text == "now":
         return now
-    if ago := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text):
+    if ago := _SO_LONG.fullmatch(text):
         try:
             return now - timedelta(**{_UNITS[ago[2]]: float(ago[1])})
         except OverflowError:
@@ -102,6 +109,12 @@ def _moment(text: str) -> datetime:
         return moment(text, now)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _last(text: str) -> datetime:
+    if not _SO_LONG.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no length of time; write 90m, 24h, 7d or 2w")
+    return _moment(text)
 
 
 # ── Values ────────────────────────────────────────────────────────────────────────────────────────────
@@ -136,6 +149,21 @@ def _state(text: str) -> str:
     from listener.core.calls import State
 
     return next((state.value for state in State if state.casefold() == text.casefold()), text)
+
+
+def _direction(text: str) -> "Direction":
+    from listener.core.calls import Direction
+
+    try:
+        return Direction(text.casefold())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"inbound, outbound or unknown, not {text!r}") from None
+
+
+def _calls_limit(text: str) -> int:
+    from listener.store.history import PAGE_MAX  # too slow for --help, which does not come here
+
+    return _whole(1, PAGE_MAX)(text)
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -290,13 +318,30 @@ def _found_settings(options: argparse.Namespace) -> tuple[Path | None, "Settings
         if not equals:
             raise SettingsError(f"--set {given}: write it as --set section.key=value")
         overrides[key.strip()] = value
-    return path, load(path, overrides, secrets_dir=options.secrets_dir)
+    settings = load(path, overrides, secrets_dir=options.secrets_dir)
+    if settings.store.dsn is not None:
+        _refuse_unreadable(settings.store.dsn.get_secret_value())
+    return path, settings
+
+
+def _refuse_unreadable(dsn: str) -> None:
+    """Raise where an address is none, of one host or of several. What is wrong with it may hold the password,
+    and is not quoted."""
+    try:
+        for host in urlsplit(dsn).netloc.rpartition("@")[2].split(","):
+            _ = urlsplit(f"//{host}").port
+    except ValueError:
+        raise SettingsError(
+            "store.dsn: it cannot be read as an address; write postgresql://user:password@host:5432/database,"
+            " and in user and password %XX for what is neither letter nor digit, such as %5B for ["
+        ) from None
 
 
 def _check_config(options: argparse.Namespace) -> int:
     path, settings = _found_settings(options)
-    if path is None and not settings.accounts:
-        raise SettingsError(f"no listener.toml was found, and {NO_ACCOUNT}")
+    if not settings.accounts:
+        why = f"{path}: [[accounts]]: " if path is not None else "no listener.toml was found, and "
+        raise SettingsError(why + NO_ACCOUNT)
     counts = ((len(settings.environments), "environment"), (len(settings.accounts), "account"))
     told = ", ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
     print(f"{path or 'no file'}: ok, {told}")
@@ -356,23 +401,16 @@ def _answer(options: argparse.Namespace, ask: Callable[["History"], Awaitable[T]
 
 async def _all_known(history: "History", options: argparse.Namespace) -> None:
     """Raise where an account or tenant was asked for that never was: a misspelt name is no empty answer."""
-    just_now = datetime.now(UTC) - timedelta(seconds=1)  # noqa: TID251 - whoever is watched now
-
-    async def unknown(kind: str, name: str) -> None:
-        chosen: Any = {"accounts": [name]} if kind == "account" else {"tenant": name}
-        # First the present ones, which is cheap; then those that were removed.
-        for since in (just_now, None):
-            if (await history.coverage(since=since, **chosen)).stretches:
-                return
-        there = {getattr(stretch, kind) for stretch in (await history.coverage(since=just_now)).stretches}
-        near = difflib.get_close_matches(name, there - {""}, n=1, cutoff=0.5)
-        cure = f"did you mean {near[0]}?" if near else "`listener coverage` lists them"
-        raise ListenerError(f'there is no {kind} "{name}"; {cure}')
-
-    for name in options.account:
-        await unknown("account", name)
-    if options.tenant is not None:
-        await unknown("tenant", options.tenant)
+    if not options.account and not options.tenant:
+        return
+    there = await history.accounts()
+    for kind, asked in (("account", options.account), ("tenant", options.tenant)):
+        known = {getattr(each, kind) for each in there}
+        for name in asked:
+            if name not in known:
+                near = difflib.get_close_matches(name, known - {""}, n=1, cutoff=0.5)
+                cure = f"did you mean {near[0]}?" if near else "`listener coverage` lists them"
+                raise ListenerError(f'there is no {kind} "{name}"; {cure}')
 
 
 def _period_checked(options: argparse.Namespace) -> None:
@@ -392,6 +430,7 @@ def _calls(options: argparse.Namespace) -> int:
             until=options.until,
             accounts=options.account,
             tenant=options.tenant,
+            direction=options.direction,
             state=options.state,
             live=True if options.live else None,
             number=options.number,
@@ -423,28 +462,30 @@ def _call(options: argparse.Namespace) -> int:
 
 
 def _coverage(options: argparse.Namespace) -> int:
-    from listener.answers import as_json, console, show_coverage
+    from listener.answers import as_json, console, show_coverage, show_strip
 
     _period_checked(options)
+    if options.gaps and options.output == "strip":
+        raise SettingsError("--gaps is for the table: the strip shows gaps anyway")
 
     async def ask(history: "History") -> "Coverage":
         await _all_known(history, options)
         return await history.coverage(
-            since=options.since, until=options.until, accounts=options.account, tenant=options.tenant
+            since=options.since,
+            until=options.until,
+            accounts=options.account,
+            tenant=options.tenant,
+            limit=options.limit,
         )
 
     coverage = _answer(options, ask)
     if options.output == "json":
         print(as_json(coverage))
+    elif options.output == "strip":
+        show_strip(coverage, console(options.width))
     else:
-        show_coverage(
-            coverage,
-            console(),
-            each=bool(options.account),
-            gaps_only=options.gaps,
-            last="now" if options.until is None else "at the end",
-        )
-    return OK if coverage.stretches else NEGATIVE
+        show_coverage(coverage, console(options.width), gaps=options.gaps)
+    return OK if coverage.accounts else NEGATIVE
 
 
 # ── The daemon, the simulator, the demo ───────────────────────────────────────────────────────────────
@@ -693,19 +734,59 @@ def parser() -> argparse.ArgumentParser:
 def _questions(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands that read what was stored."""
 
-    def output(to: argparse.ArgumentParser) -> None:
-        to.add_argument("-o", "--output", choices=("table", "json"), default="table", help="how (table)")
+    def output(to: argparse.ArgumentParser, *more: str) -> None:
+        to.add_argument(
+            "-o",
+            "--output",
+            choices=("table", "json", *more),
+            default="table",
+            help="for a person or for a program (table)",
+        )
 
     def period(to: argparse.ArgumentParser) -> None:
-        to.add_argument(
+        asked = to.add_argument_group(
+            "which time, and whose",
+            "WHEN is so long ago (90s, 45m, 1h, 2d, 1w), a local time (2026-03-02T14:00, 2026-03-02),\n"
+            "one of another zone (2026-03-02T14:00+01:00, …Z), or now.",
+        )
+        begin = asked.add_mutually_exclusive_group()
+        begin.add_argument(
             "--since",
+            "--from",
             type=_moment,
             metavar="WHEN",
-            help="90m, 1h, 2d ago, or a time such as 2026-03-02T14:00",
+            help="from when on; else from the beginning of what is known",
         )
-        to.add_argument("--until", type=_moment, metavar="WHEN", help="likewise; up to now where not given")
-        to.add_argument("--account", action="append", default=[], help="an account by name; may be repeated")
-        to.add_argument("--tenant", help="the accounts of one tenant")
+        begin.add_argument(
+            "--last",
+            type=_last,
+            dest="since",
+            metavar="LENGTH",
+            help="the last 90m, 24h, 7d; the same as --since",
+        )
+        asked.add_argument(
+            "--until",
+            "--to",
+            type=_moment,
+            metavar="WHEN",
+            help="until when, itself not included; else until now",
+        )
+        asked.add_argument(
+            "--account",
+            action="extend",
+            nargs="+",
+            default=[],
+            metavar="NAME",
+            help="these accounts, as the settings name them; may be repeated",
+        )
+        asked.add_argument(
+            "--tenant",
+            action="extend",
+            nargs="+",
+            default=[],
+            metavar="NAME",
+            help="the accounts of these tenants; may be repeated",
+        )
 
     calls = command(
         "calls",
@@ -713,37 +794,55 @@ def _questions(command: Callable[..., argparse.ArgumentParser]) -> None:
         "list calls: who, with whom, how long, and how it ended",
         "Below the list stands which share of the time was observed: no call and nobody listening differ.\n"
         "Participants are everybody except the account itself; who left before the call ended is in\n"
-        "brackets. A terminal shows the columns that fit, -o json everything. Exit code 1 if there is\n"
-        "none.\n\n"
+        "brackets. A terminal shows the columns that fit, -o json everything.\n\n"
+        "A call that ended while nobody listened is said to be (inferred): it has no end, and of what\n"
+        "nobody heard no duration; + is at least so long, ? is not known.\n\n"
+        "An account's own number is known where messages name it. Where those of a site never do, the\n"
+        "account's name stands for it, and --account finds its calls; --number cannot.\n\n"
+        "exit codes: 0 there are calls; 1 there is none, or no such account or tenant; 2 wrong usage;\n"
+        "3 no database\n\n"
         "examples:\n"
-        "  listener calls --number 5001 --since 1h         to or from 5001, or with it on the call\n"
+        "  listener calls --number 5001 --last 1h          to or from 5001, or with it on the call\n"
         "  listener calls --live                           what goes on now\n"
+        "  listener calls --tenant north --direction inbound --since 2026-03-02\n"
         "  listener calls --since 2026-03-02T08:00 --until 2026-03-02T18:00 --account agent5001 -o json\n",
     )
     period(calls)
-    calls.add_argument(
+    which = calls.add_argument_group("which calls")
+    which.add_argument(
         "--number",
         type=_number,
         help="a whole number: of the account, the other party, or anybody on the call; "
         "blanks and -()./ in it do not count",
     )
-    calls.add_argument("--number-ends", type=_number, metavar="DIGITS", help="the last digits of one")
-    calls.add_argument(
+    which.add_argument("--number-ends", type=_number, metavar="DIGITS", help="the last digits of one")
+    which.add_argument(
+        "--direction",
+        type=_direction,
+        metavar="WHICH",
+        help="inbound, outbound, or unknown: it was met when it had begun already",
+    )
+    which.add_argument(
         "--state", type=_state, help="Ringing, Dialing, Established, Held, Released, Completed, …"
     )
-    calls.add_argument("--live", action="store_true", help="only those that go on now")
-    calls.add_argument(
-        "--limit", type=_whole(1, LIMIT_MAX), default=50, help="how many, 1 to 1000, newest first (50)"
+    which.add_argument("--live", action="store_true", help="only those that go on now")
+    which.add_argument(
+        "--limit", type=_calls_limit, default=LIMIT, metavar="COUNT", help=f"how many, newest first ({LIMIT})"
     )
-    calls.add_argument("--after", type=_place, metavar="PLACE", help="go on where a list before ended")
+    which.add_argument("--after", type=_place, metavar="PLACE", help="go on where a list before ended")
     output(calls)
 
     call = command(
         "call",
         _call,
         "tell all that happened on a call: every message and what it changed",
-        "Changes of its capabilities come with each message: --all shows them, and -o json.\n"
-        "Exit code 1 if no call is known by that id.\n\nexample:\n  listener call 4711\n",
+        "Changes of its capabilities come with each message: --all shows them, and -o json. The share\n"
+        "below is of the time from its beginning to its last message, or to now while it goes on.\n"
+        "Of a call that ended while nobody listened it says between when that was, and why it is known.\n\n"
+        "exit codes: 0 there it is; 1 no call is known by that id; 2 wrong usage; 3 no database\n\n"
+        "examples:\n"
+        "  listener call 4711\n"
+        "  listener call 00UAB12CDE34F001 -o json\n",
     )
     call.add_argument(
         "id", metavar="ID", help="its id in the list, or any id that the contact centre gave it"
@@ -755,13 +854,38 @@ def _questions(command: Callable[..., argparse.ArgumentParser]) -> None:
         "coverage",
         _coverage,
         "tell how much of the time each account was observed, and when not and why",
-        "One row for each account; with --account or --gaps one for each stretch of time.\n\n"
-        "examples:\n  listener coverage --since 1d\n  listener coverage --since 1d --gaps\n"
-        "  listener coverage --account agent5001 -o json\n",
+        "A row for each account, the worst first: its share, its gaps and their causes, and how it is now.\n"
+        "An account counts from when it was added until it was removed. What the causes mean, and what to\n"
+        'do, is in the README under "Gaps".\n\n'
+        "-o strip draws a line for each account. A capital is a cause with nothing observed, a small\n"
+        "letter says that a part of that stretch was missing, if only a moment. Colours are for a\n"
+        "terminal; NO_COLOR=1 switches them off.\n\n"
+        "exit codes: 0 there are accounts in that time, however little was observed; 1 there is none;\n"
+        "2 wrong usage; 3 no database\n\n"
+        "examples:\n"
+        "  listener coverage --last 24h\n"
+        "  listener coverage --last 24h -o strip\n"
+        "  listener coverage --account agent5001 --from 2026-03-02T08:00 --to 2026-03-02T18:00 --gaps\n"
+        "  listener coverage --tenant north -o json | jq .total.percent\n",
     )
     period(coverage)
-    coverage.add_argument("--gaps", action="store_true", help="only when it was not observed")
-    output(coverage)
+    coverage.add_argument(
+        "--gaps", action="store_true", help="each gap, from when to when, instead of the rows"
+    )
+    coverage.add_argument(
+        "--limit",
+        type=_whole(1),
+        default=LIMIT,
+        metavar="COUNT",
+        help=f"accounts to show, the worst first ({LIMIT}); the sums are of all of them",
+    )
+    coverage.add_argument(
+        "--width",
+        type=_whole(WIDTH_MIN, WIDTH_MAX),
+        metavar="COLUMNS",
+        help="how wide; else the terminal, or 200 where there is none",
+    )
+    output(coverage, "strip")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

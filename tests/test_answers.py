@@ -2,18 +2,45 @@
 
 import io
 import json
+import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.console import Console
 
 from listener import answers
-from listener.answers import as_json, seconds, share, show_calls, show_coverage, show_timeline
-from listener.core.calls import Call, Direction, Outcome, Party, Source
-from listener.store.history import Altered, Coverage, Found, Moment, Odd, Page, Stretch, Timeline
+from listener.answers import (
+    as_json,
+    axis,
+    cells,
+    seconds,
+    share,
+    show_calls,
+    show_coverage,
+    show_strip,
+    show_timeline,
+)
+from listener.core.calls import GAP_CAUSES, Call, Direction, Outcome, Party, Source
+from listener.store.history import (
+    Account,
+    Altered,
+    Coverage,
+    Figures,
+    Found,
+    Moment,
+    Odd,
+    Page,
+    Tenant,
+    Timeline,
+    Watched,
+    assess,
+)
 
 NOON = datetime(2026, 3, 2, 12, tzinfo=UTC)
 LATER = NOON + timedelta(minutes=2)
@@ -180,6 +207,46 @@ def test_an_inferred_end_is_said_to_be_one() -> None:
     """A call whose end nobody heard says so beside its outcome."""
     text = _shown(show_calls, _page(_found(settled="inferred: no longer live", ended_at=None)))
     assert "answered (inferred)" in text
+    assert "inferred: nobody heard the end (no longer live); + is at least so long, ? is not known" in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"established_at": NOON}, ["4.2 s", "2:05+"]),
+        ({"established_at": NOON, "talk_s": 0.0}, ["4.2 s", "?"]),
+        ({"established_at": NOON, "talk_s": 0.0, "hold_count": 1, "hold_s": 3.0}, ["4.2 s", "?", "3.0 s+"]),
+        ({"talk_s": 0.0, "ring_s": 0.0, "outcome": Outcome.UNKNOWN}, ["?"]),
+    ],
+)
+def test_a_call_that_ended_unheard_has_no_invented_duration(fields: dict[str, Any], told: list[str]) -> None:
+    """What is known is a least; what is not known is no zero."""
+    found = _found(settled="inferred: no longer live", ended_at=None, **fields)
+    (row,) = [line for line in _shown(show_calls, _page(found)).splitlines() if "4711" in line]
+    figures = row.partition("Released")[2].replace(" s", "s").split()
+    assert [each.replace("s", " s") for each in figures[: len(told)]] == told
+    assert figures[len(told)] == str(found.call.outcome)
+
+
+def test_a_timeline_of_a_call_that_ended_unheard() -> None:
+    """Between when it ended and why that is known, and neither an end nor who left when."""
+    party = Party(0, "5002", "", "", "", NOON)
+    found = _found(settled="inferred: no longer live", ended_at=None, established_at=NOON, parties=(party,))
+    text = _shown(show_timeline, Timeline(found, (), 0.5, LATER + timedelta(minutes=3)))
+    assert "ended   unheard, between 2026-03-02 12:02:00 and 2026-03-02 12:05:00: no longer live\n" in text
+    assert "5002 joined 2026-03-02 12:00:00, nobody heard when it left" in text
+    assert "answered (inferred), ring 4.2 s, talk 2:05+\n" in text
+    assert "observed: 50 % of the time from 2026-03-02 12:00:00 to 2026-03-02 12:05:00" in text
+
+
+def test_a_timeline_of_a_call_that_goes_on() -> None:
+    """It has not ended yet, and the share is about the time up to now."""
+    party = Party(0, "5002", "", "", "", NOON)
+    found = _found(settled=None, outcome=None, ended_at=None, state="Established", parties=(party,))
+    text = _shown(show_timeline, Timeline(found, (), 1.0, LATER + timedelta(minutes=3)))
+    assert "  ended   not yet\n" in text
+    assert "5002 joined 2026-03-02 12:00:00, is on it" in text
+    assert "observed: 100 % of the time from 2026-03-02 12:00:00 to 2026-03-02 12:05:00" in text
 
 
 def test_a_timeline() -> None:
@@ -205,11 +272,12 @@ def test_a_timeline() -> None:
             raw=b"{}",
         ),
     )
-    timeline = Timeline(_found(parent_call_id="uuid-0"), moments, 1.0)
+    timeline = Timeline(_found(parent_call_id="uuid-0"), moments, 1.0, LATER)
     text = _shown(show_timeline, timeline, everything=True)
     for part in (
         "call 4711 of agent5001: outbound, 5001 → 5002, Released, answered, ring 4.2 s, talk 2:05",
         "began   2026-03-02 12:00:00",
+        "ended   2026-03-02 12:02:00",
         "uuid-1, conn-1",
         "consult belongs to uuid-0",
         "5002 joined 2026-03-02 12:00:00, left 2026-03-02 12:02:00",
@@ -238,7 +306,7 @@ def test_a_timeline_is_never_cut(width: int) -> None:
     raw = (Altered("user_data", "Key", None, "v" * 55), Altered("capabilities", "", [], ["Hold"]))
     name = "CallRecordingStateChange"
     moment = Moment(LATER, None, 9, "", name, Source.COMETD, "/v2/me/calls", raw, (), b"{}")
-    text = _shown(show_timeline, Timeline(_found(), (moment,), 1.0), width=width)
+    text = _shown(show_timeline, Timeline(_found(), (moment,), 1.0, LATER), width=width)
     (row,) = [line for line in text.splitlines() if name in line]
     assert row.split()[:3] == ["12:02:00.000", "2:00", name]
     table = text[text.index("heard") :]
@@ -253,7 +321,7 @@ def test_capabilities_only_when_asked_for() -> None:
         Altered("state", "", "Held", "Established"),
     )
     moment = Moment(LATER, None, 9, "", "StatusChange", Source.COMETD, "/v2/me/calls", changes, (), b"{}")
-    timeline = Timeline(_found(), (moment,), 1.0)
+    timeline = Timeline(_found(), (moment,), 1.0, LATER)
     short, whole = (_shown(show_timeline, timeline, everything=each) for each in (False, True))
     assert "+Retrieve" not in short
     assert "1 change of capabilities left out; --all shows all" in short
@@ -264,50 +332,277 @@ def test_capabilities_only_when_asked_for() -> None:
 def test_a_call_over_midnight_has_dates() -> None:
     """Where the day above is not the day of all messages, each has its own."""
     moment = Moment(NOON + timedelta(days=1), None, 9, "", "X", Source.COMETD, "", (), (), b"{}")
-    assert "2026-03-03 12:00:00.000" in _shown(show_timeline, Timeline(_found(), (moment,), 1.0), width=80)
-
-
-def _coverage(*accounts: str) -> Coverage:
-    """Of each account: observed for a minute, a gap told in two rows, observed again."""
-    at = [NOON + timedelta(seconds=each) for each in (0, 60, 75, 90, 120)]
-    causes = ("", "session lost", "session lost", "")
-    stretches = tuple(
-        Stretch(account, "north", since, until, cause)
-        for account in accounts
-        for since, until, cause in zip(at, at[1:], causes, strict=False)
+    assert "2026-03-03 12:00:00.000" in _shown(
+        show_timeline, Timeline(_found(), (moment,), 1.0, LATER), width=80
     )
-    return Coverage(NOON, LATER, stretches, 0.75, {"session lost": 30.0 * len(accounts)})
 
 
-@pytest.mark.parametrize("width", [80, 200])
+def _at(seconds_: float) -> datetime:
+    return NOON + timedelta(seconds=seconds_)
+
+
+def _watched(name: str, *rows: tuple[float, float, str], **other: Any) -> Watched:
+    """An account from noon to two minutes later, of which these rows tell."""
+    fields: dict[str, Any] = {"tenant": "north", "since": NOON, "removed_at": None} | other
+    return assess(Account(name, **fields), [(_at(a), _at(b), cause) for a, b, cause in rows], NOON, LATER)
+
+
+def _once_lost(name: str, **other: Any) -> Watched:
+    """Observed for a minute, a gap told in two rows, observed again."""
+    rows = ((0, 60, ""), (60, 75, "session lost"), (75, 90, "session lost"), (90, 120, ""))
+    return _watched(name, *rows, **other)
+
+
+def _coverage(*accounts: Watched, **other: Any) -> Coverage:
+    count = len(accounts)
+    total = Figures(120.0 * count, 90.0 * count, 75.0, count, 30.0, {"session lost": 30.0 * count})
+    fields: dict[str, Any] = {
+        "since": NOON,
+        "until": LATER,
+        "now": LATER,
+        "asked_until": LATER,
+        "first_at": NOON,
+        "total": total,
+        "last": {"": count},
+        "tenants": (Tenant("north", count, total),),
+        "accounts": accounts,
+        "not_shown": 0,
+    }
+    return Coverage(**(fields | other))
+
+
+def _lines(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("width", [100, 200])
 def test_coverage_account_by_account(width: int) -> None:
-    """A row for each account: its share, how many gaps, the longest and why, and how it is now."""
-    text = _shown(show_coverage, _coverage("agent5001", "agent5002"), width=width)
-    rows = [" ".join(line.split()) for line in text.splitlines()]
-    assert "account observed gaps longest gap its cause now" in rows
-    assert "agent5001 75 % 1 30.0 s session lost observed" in rows
-    assert "agent5002 75 % 1 30.0 s session lost observed" in rows
-    assert "not observed, session lost: 1:00 of all accounts together" in rows
-    assert "observed: 75 % of the time" in text
+    """A row for each account: its share, its gaps by cause, and how it is now; then all together."""
+    text = _shown(show_coverage, _coverage(_once_lost("agent5001"), _once_lost("agent5002")), width=width)
+    rows = _lines(text)
+    assert "account tenant observed gaps longest gap not observed now" in rows
+    assert "agent5001 north 75 % 1 30.0 s session lost 30.0 s observed" in rows
+    assert "agent5002 north 75 % 1 30.0 s session lost 30.0 s observed" in rows
+    assert "north (2) 75 % 2 30.0 s session lost 1:00" in rows
+    assert "all (2) 75 % 2 30.0 s session lost 1:00" in rows
+    assert "now: 2 observed" in rows
+    assert "observed: 75 % of the time from 2026-03-02 12:00:00 to 2026-03-02 12:02:00" in rows
 
 
-def test_coverage_that_never_broke() -> None:
-    """An account without a gap has none that is the longest; the end of the asked time has its name."""
-    coverage = Coverage(NOON, LATER, (Stretch("agent5001", "north", NOON, LATER, ""),), 1.0, {})
-    text = _shown(show_coverage, coverage, last="at the end")
-    assert "agent5001 100 % 0 observed" in [" ".join(line.split()) for line in text.splitlines()]
-    assert "at the end" in text
+@pytest.mark.parametrize("width", [60, 80])
+def test_narrow_coverage_is_not_cut(width: int) -> None:
+    """What does not fit goes on on the next line, and all of it is there."""
+    rows = [(0, 10, "subscription refused"), (10, 20, "login refused"), (20, 120, "session lost")]
+    coverage = _coverage(_watched("agent5001", *rows))
+    text = _shown(show_coverage, coverage, width=width)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for word in ("agent5001", "subscription", "refused", "login", "session", "lost", "1:40", "12:00:20"):
+        assert word in text, word
 
 
-def test_coverage_and_its_gaps() -> None:
-    """Each stretch with its length, neighbours of one cause as one; or only those not observed."""
-    text = _shown(show_coverage, _coverage("agent5001"), each=True)
-    rows = [line for line in text.splitlines() if "agent5001" in line]
-    assert [line.split()[-1] for line in rows] == ["observed", "lost", "observed"]
-    assert "30.0 s" in rows[1]
-    assert "not observed, session lost: 30.0 s\n" in text
-    gaps = _shown(show_coverage, _coverage("agent5001"), gaps_only=True)
-    assert [line.split()[-1] for line in gaps.splitlines() if "agent5001" in line] == ["lost"]
+def test_coverage_now() -> None:
+    """A gap that goes on is told with its beginning, by day where that was another; a removed account is
+    neither observed nor a gap."""
+    gone = _watched("gone", (0, 60, ""), removed_at=_at(60))
+    since = _watched("deaf", (-90_000, 300, "disconnected"), since=_at(-100_000))
+    coverage = _coverage(since, _watched("late", (0, 61, ""), (61, 120, "stalled")), gone)
+    coverage = replace(coverage, last={"disconnected": 1, "stalled": 1}, not_shown=7)
+    text = "\n".join(_lines(_shown(show_coverage, coverage)))
+    assert "disconnected 2:00 disconnected since 2026-03-01 11:00:00\n" in text
+    assert "stalled 59.0 s stalled since 12:01:01\n" in text
+    assert "gone north 100 % 0 removed\n" in text
+    assert "now: 1 disconnected, 1 stalled\n" in text
+    assert "7 more accounts, none of them worse, are not shown; --limit shows more\n" in text
+
+
+def test_coverage_of_a_time_that_is_over_or_not() -> None:
+    """The end of the asked time is not called "now" where it is not; what is to come is said to be."""
+    over = _shown(show_coverage, _coverage(_once_lost("a"), now=LATER + timedelta(days=1)))
+    assert "at the end: 1 observed" in over
+    assert "now" not in over
+    half = _shown(show_coverage, _coverage(_once_lost("a"), asked_until=LATER + timedelta(days=1)))
+    assert half.endswith("to 2026-03-02 12:02:00; the rest is still to come\n")
+
+
+@pytest.mark.parametrize("show", [show_coverage, show_strip])
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"first_at": None}, "not started: there is no account yet"),
+        (
+            {"since": LATER, "until": LATER, "now": NOON},
+            "not started: the time from 2026-03-02 12:02:00 on is still to come",
+        ),
+        (
+            {"first_at": LATER},
+            "not started: the first account was added 2026-03-02 12:02:00, after that time",
+        ),
+        ({}, "there was no account from 2026-03-02 12:00:00 to 2026-03-02 12:02:00"),
+    ],
+)
+def test_coverage_of_nobody(show: Any, other: dict[str, Any], said: str) -> None:
+    """An answer without an account says why there is none."""
+    assert _shown(show, _coverage(**other)) == f"{said}\n"
+
+
+def test_coverage_and_its_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gap with its length, neighbours of one cause as one; and how many more there are."""
+    coverage = _coverage(_once_lost("agent5001"), _once_lost("agent5002"))
+    rows = _lines(_shown(show_coverage, coverage, gaps=True))
+    assert "agent5001 2026-03-02 12:01:00 2026-03-02 12:01:30 30.0 s session lost" in rows
+    assert "agent5002 2026-03-02 12:01:00 2026-03-02 12:01:30 30.0 s session lost" in rows
+    monkeypatch.setattr(answers, "GAPS_SHOWN_MAX", 1)
+    text = _shown(show_coverage, coverage, gaps=True)
+    assert "agent5002" not in text
+    assert "1 more gaps are not shown; -o json has them all" in text
+
+
+def test_coverage_as_json() -> None:
+    """Exact figures as numbers, every gap, and of which time."""
+    told = json.loads(as_json(_coverage(_once_lost("agent5001"))))
+    (account,) = told["accounts"]
+    assert (account["account"], account["tenant"]) == ("agent5001", "north")
+    assert account["gaps"] == [
+        {"since": "2026-03-02T12:01:00Z", "until": "2026-03-02T12:01:30Z", "cause": "session lost"}
+    ]
+    assert account["figures"] == {
+        "asked_s": 120.0,
+        "observed_s": 90.0,
+        "percent": 75.0,
+        "gaps": 1,
+        "longest_gap_s": 30.0,
+        "causes_s": {"session lost": 30.0},
+    }
+    assert account["last"] == {"cause": "", "since": "2026-03-02T12:01:30Z"}
+    assert (told["since"], told["until"]) == ("2026-03-02T12:00:00Z", "2026-03-02T12:02:00Z")
+    assert told["total"]["percent"] == told["tenants"][0]["figures"]["percent"] == 75.0
+
+
+# ── Strips ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _edges(count: int) -> list[datetime]:
+    return [NOON + (LATER - NOON) * place // count for place in range(count + 1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "drawn"),
+    [
+        ([(0, 120, "")], "━━━━━━"),
+        ([(0, 20, ""), (20, 60, "disconnected"), (60, 120, "")], "━DD━━━"),
+        ([(0, 30, ""), (30, 60, "disconnected"), (60, 120, "")], "━dD━━━"),
+        ([(0, 50, ""), (50, 50.001, "stalled"), (50.001, 120, "")], "━━s━━━"),
+        ([(0, 39.999, "stalled"), (39.999, 120, "")], "Ss━━━━"),
+        ([(0, 5, "stalled"), (5, 20, "disconnected"), (20, 120, "")], "D━━━━━"),
+        ([(0, 10, "stalled"), (10, 20, "disconnected"), (20, 120, "")], "D━━━━━"),
+        ([(0, 5, "stalled"), (5, 7, "disconnected"), (7, 120, "")], "s━━━━━"),
+        ([(0, 20, "sunspots"), (20, 120, "")], "U━━━━━"),
+        ([], "NNNNNN"),
+        ([(0, 120, "stopped")], "XXXXXX"),
+    ],
+)
+def test_a_strip_is_true(rows: list[tuple[float, float, str]], drawn: str) -> None:
+    """Capitals where nothing was observed, small letters where a part was not, however short."""
+    assert cells(_watched("a", *rows), _edges(6), "━") == drawn
+
+
+def test_a_strip_of_an_account_that_came_and_went() -> None:
+    """Blank where there was no such account; a cell in which it came is judged by the part since then."""
+    each = _watched("a", (30, 70, ""), (70, 80, "stalled"), since=_at(30), removed_at=_at(80))
+    assert cells(each, _edges(6), "━") == " ━━s  "
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 120_000), st.sampled_from(["", "stalled", "disconnected"])), max_size=9
+    ),
+    st.integers(1, 40),
+)
+def test_a_strip_hides_no_gap(turns: list[tuple[int, str]], count: int) -> None:
+    """Whatever the gaps and the width: a cell is drawn as observed where nothing of it is a gap, and as a gap
+    where nothing of it was observed."""
+    times = sorted({at for at, _ in turns} | {0, 120_000})
+    causes = [cause for _, cause in turns] + [""] * len(times)
+    rows = [(a / 1000, b / 1000, cause) for a, b, cause in zip(times, times[1:], causes, strict=False)]
+    each, edges = _watched("a", *rows), _edges(count)
+    drawn = cells(each, edges, "━")
+    assert len(drawn) == count
+    for character, since, until in zip(drawn, edges, edges[1:], strict=False):
+        lost = sum(
+            (max(min(gap.until, until) - max(gap.since, since), timedelta()) for gap in each.gaps),
+            timedelta(),
+        )
+        assert (character == "━") == (lost == timedelta())
+        assert character.isupper() == (lost == until - since)
+
+
+def test_every_cause_has_its_letter() -> None:
+    """One of its own: else two causes would look the same."""
+    assert set(answers.CAUSES) == GAP_CAUSES
+    letters = [letter for letter, _ in answers.CAUSES.values()]
+    assert len(set(letters)) == len(letters)
+    assert all(letter.isupper() for letter in letters)
+
+
+@pytest.mark.parametrize("width", [20, 80, 200])
+def test_the_picture(width: int) -> None:
+    """A line for each account, as wide as the console, with its share; then times, and what letters mean."""
+    text = _shown(show_strip, _coverage(_once_lost("agent5001"), _watched("b", (0, 120, ""))), width=width)
+    one, two, axis_, legend = text.splitlines()[:4]
+    assert len(one) == len(two) == max(width, 9 + 1 + answers.CELLS_MIN + 1 + 6)
+    assert re.fullmatch(r"agent5001 ━+l?L+l?━+ 75.0 %", one) or width == 20
+    assert re.fullmatch(r"b         ━+ +100 %", two)
+    assert "L" in one.upper()
+    if width > 20:
+        assert "|12:00:00" in axis_ or "|12:00" in axis_
+        assert legend == "━ observed  L session lost"
+        assert "a small letter: a part of it was observed" in text
+        assert "observed: 75 % of the time" in text
+
+
+def test_the_picture_in_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal has colours, one that says NO_COLOR has none, and neither has a file."""
+
+    def drawn(**options: Any) -> str:
+        out = Console(file=io.StringIO(), width=80, highlight=False, **options)
+        show_strip(_coverage(_once_lost("a")), out)
+        assert isinstance(out.file, io.StringIO)
+        return out.file.getvalue()
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "\x1b[1;7;35mL" in drawn(force_terminal=True)
+    assert "\x1b" not in drawn()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "35m" not in drawn(force_terminal=True)
+
+
+@pytest.mark.parametrize(
+    ("span", "count", "drawn"),
+    [
+        (timedelta(hours=1), 60, "|12:00         |12:15         |12:30         |12:45         "),
+        (timedelta(days=2), 48, "|12:00      |03-03      |12:00      |03-04           "),
+        (timedelta(seconds=30), 40, "|12:00:00    |12:00:10    |12:00:20     "),
+        (timedelta(days=100), 40, None),
+        (timedelta(microseconds=3), 10, None),
+    ],
+)
+def test_the_axis(span: timedelta, count: int, drawn: str | None) -> None:
+    """Round times, each below its cell, and never more than there is room for."""
+    found = axis(NOON, NOON + span, count)
+    assert len(found) == count
+    assert drawn is None or found == drawn[:count].ljust(count)
+
+
+def test_the_axis_of_the_night_when_summer_time_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each mark stands where its time on the wall was."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    since = datetime(2026, 3, 28, 23, tzinfo=UTC)  # midnight; 02:00 to 03:00 does not exist
+    drawn = axis(since, since + timedelta(hours=6), 120)
+    assert drawn.index("|01:00") == 20
+    assert drawn.index("|04:00") == 60
 
 
 def test_json_has_everything() -> None:
@@ -326,6 +621,8 @@ def test_json_has_raw_messages() -> None:
     def moment(raw: bytes) -> Moment:
         return Moment(NOON, None, 1, "", "", Source.COMETD, "/v2/me/calls", (), (), raw)
 
-    (told,) = json.loads(as_json([Timeline(_found(), (moment(b'{"\xc3\xa4":1}'), moment(b"\xff")), 1.0)]))
+    (told,) = json.loads(
+        as_json([Timeline(_found(), (moment(b'{"\xc3\xa4":1}'), moment(b"\xff")), 1.0, LATER)])
+    )
     assert told["moments"][0]["raw"] == '{"ä":1}'
     assert told["moments"][1]["raw_base64"] == "/w=="

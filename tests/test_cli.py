@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import termios
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,12 @@ def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[st
         (["calls", "--limit", "1001"], "--limit: 1 to 1000"),
         (["calls", "--limit", "ten"], "--limit: 1 to 1000"),
         (["calls", "--after", "teatime"], "--after: 'teatime' is not where a list ended"),
+        (["calls", "--direction", "up"], "--direction: inbound, outbound or unknown, not 'up'"),
+        (["calls", "--last", "2026-03-02"], "--last: '2026-03-02' is no length of time"),
+        (["calls", "--last", "1h", "--since", "2h"], "--since/--from: not allowed with argument --last"),
+        (["coverage", "--limit", "0"], "--limit: a whole number from 1 on"),
+        (["coverage", "--width", "5"], "--width: 20 to 2000"),
+        (["coverage", "--last", "now"], "--last: 'now' is no length of time"),
         (["calls", "--number", "-"], "--number: '-' has no digit"),
         (["calls", "--number-ends", " "], "--number-ends: ' ' has no digit"),
         (["simulate", "--port", "65536"], "--port: 0 to 65535"),
@@ -136,9 +143,10 @@ def test_demo_seconds_of_the_environment(
 @pytest.mark.parametrize("command", ["calls", "coverage"])
 def test_a_period_that_runs_backwards(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """--until before --since is a mistake and no empty answer."""
-    code, out, said = _run(capsys, command, "--since", "1h", "--until", "2h")
-    assert (code, out) == (cli.USAGE, "")
-    assert "--until is before --since" in said
+    for begin, end in (("--since", "--until"), ("--from", "--to"), ("--last", "--to")):
+        code, out, said = _run(capsys, command, begin, "1h", end, "2h")
+        assert (code, out) == (cli.USAGE, "")
+        assert "--until is before --since" in said
 
 
 @pytest.mark.parametrize(
@@ -300,6 +308,41 @@ def test_check_config_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, said = _run(capsys, "check-config")
     assert (code, out) == (cli.USAGE, "")
     assert "no listener.toml" in said
+
+
+def test_check_config_without_an_account(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that names no account is no more "ok" than `run` would find it."""
+    (tmp_path / "listener.toml").write_text("[environments.a]\nbase_url = 'http://a'\n")
+    code, out, said = _run(capsys, "check-config")
+    assert (code, out) == (cli.USAGE, "")
+    assert said.startswith("listener: listener.toml: [[accounts]]: there is no account to listen to")
+    assert _run(capsys, "run")[0] == cli.USAGE
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://[nowhere",
+        "postgresql://u:se[cret@h/x",
+        "postgresql://h:abc/x",
+        "postgresql://a:5432,b:99999/x",
+    ],
+)
+def test_an_address_that_cannot_be_read(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Is a setting that is wrong, and no defect of ours; what it holds may be secret and is not repeated."""
+    for command in (["db", "current"], ["calls"], ["run"], ["check-config"]):
+        code, out, said = _run(capsys, *command, "--set", f"store.dsn={dsn}")
+        assert (code, out) == (cli.USAGE, "")
+        assert said.startswith("listener: store.dsn: it cannot be read as an address; write postgresql://")
+        assert dsn.removeprefix("postgresql://") not in said
+
+
+@pytest.mark.parametrize("dsn", ["a:5432,b:5433", "u:p%5Bw@[::1]:5432", "", "%2Ftmp", "u@"])
+def test_an_address_of_any_form_is_taken(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Several hosts, IPv6, none at all, a socket: what is read here is read by the driver alone."""
+    code, _, said = _run(capsys, "check-config", "--set", f"store.dsn=postgresql://{dsn}/x")
+    assert code == cli.USAGE
+    assert "no account to listen to" in said
 
 
 def test_check_config_names_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -587,6 +630,11 @@ def test_the_calls_to_a_number_and_who_was_on_them(
         (["--number-ends", "02"], True),
         (["--account", "agent5001"], True),
         (["--tenant", "north"], True),
+        (["--account", "agent5001", "agent5001", "--tenant", "north"], True),
+        (["--direction", "Outbound"], True),
+        (["--direction", "inbound"], False),
+        (["--from", "1h", "--to", "now"], True),
+        (["--last", "1h"], True),
         (["--state", "Released"], True),
         (["--state", "rELEASED"], True),
         (["--state", "Held"], False),
@@ -611,6 +659,7 @@ def test_filters(
     [
         (["calls", "--account", "agent5009"], 'no account "agent5009"; did you mean agent5001?'),
         (["calls", "--account", "agent5001", "--account", "x"], 'no account "x"; `listener coverage` lists'),
+        (["calls", "--account", "agent5001", "x"], 'no account "x"; `listener coverage` lists'),
         (["calls", "--tenant", "nroth"], 'no tenant "nroth"; did you mean north?'),
         (["coverage", "--account", "5001"], 'no account "5001"; did you mean agent5001?'),
     ],
@@ -668,18 +717,65 @@ def test_a_call_that_is_not_known(remembered: list[str], capsys: pytest.CaptureF
 
 
 def test_who_was_observed(remembered: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """`coverage` tells when an account was observed; `--gaps` only when not."""
-    code, out, _ = _run(capsys, "coverage", *remembered)
+    """`coverage` tells how much of each account was observed; `--gaps` when not; JSON all of it."""
+    code, out, said = _run(capsys, "coverage", *remembered)
+    assert (code, said) == (0, "")
+    assert re.search(r"^agent5001 +north +100 % +0 +observed", out, re.MULTILINE)
+    assert re.search(r"^now: 1 observed$", out, re.MULTILINE)
+    code, out, _ = _run(capsys, "coverage", "--gaps", "--last", "1h", *remembered)
     assert code == 0
-    assert re.search(r"^agent5001 +100 % +0 +observed", out, re.MULTILINE)
-    assert re.search(r"^account .* now", out, re.MULTILINE)
-    code, out, _ = _run(capsys, "coverage", "--account", "agent5001", "--until", "now", *remembered)
-    assert re.search(r"^agent5001 +20.* observed", out, re.MULTILINE)
-    code, out, _ = _run(capsys, "coverage", "--gaps", "--since", "1h", *remembered)
-    assert code == 0
-    assert "not observed, not started: " in out
-    code, out, _ = _run(capsys, "coverage", "-o", "json", *remembered)
-    assert json.loads(out)["stretches"][0]["account"] == "agent5001"
+    assert "all (1)" in out
+    code, out, _ = _run(capsys, "coverage", "-o", "json", "--tenant", "north", *remembered)
+    told = json.loads(out)
+    assert (code, told["total"]["percent"], told["accounts"][0]["account"]) == (0, 100.0, "agent5001")
+
+
+def test_who_was_observed_as_a_picture(remembered: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """`-o strip` draws a line for each account, as wide as is asked for; `--gaps` has no place in it."""
+    code, out, said = _run(capsys, "coverage", "-o", "strip", "--width", "60", *remembered)
+    assert (code, said) == (0, "")
+    line, times = out.splitlines()[:2]
+    assert re.fullmatch(r"agent5001 ━+ 100 %", line)
+    assert len(line) == 60
+    assert len(times) <= 60
+    code, out, said = _run(capsys, "coverage", "-o", "strip", "--gaps", *remembered)
+    assert (code, out) == (cli.USAGE, "")
+    assert "--gaps is for the table" in said
+
+
+def test_the_picture_fits_the_terminal(remembered: list[str]) -> None:
+    """On a terminal it is as wide as that, and in colours."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 70))
+    environment = {key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "COLUMNS"}}
+    command = [sys.executable, "-m", "listener", "coverage", "-o", "strip", *remembered]
+    with subprocess.Popen(command, stdout=theirs, env=environment | {"TERM": "xterm"}) as child:
+        assert child.wait(60) == 0
+    os.close(theirs)
+    line = os.read(ours, 65536).decode().splitlines()[0]
+    os.close(ours)
+    assert "\x1b[32m" in line
+    assert len(re.sub(r"\x1b\[[0-9;]*m", "", line)) == 70
+
+
+@pytest.mark.parametrize("output", ["table", "strip", "json"])
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--from", "2000-01-01", "--to", "2000-01-02"], "not started: the first account was added "),
+        (["--from", "2100-01-01"], "not started: the time from 2100-01-01 00:00:00 on is still to come"),
+    ],
+)
+def test_a_time_in_which_nobody_was_watched(
+    output: str, asked: list[str], said: str, remembered: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first account and after now nothing is claimed: exit code 1, and why."""
+    code, out, _ = _run(capsys, "coverage", *asked, "-o", output, *remembered)
+    assert code == cli.NEGATIVE
+    if output == "json":
+        assert json.loads(out)["total"]["percent"] is None
+    else:
+        assert out.startswith(said)
 
 
 @pytest.mark.parametrize("question", [["calls"], ["call", "1"], ["coverage"]])

@@ -6,12 +6,14 @@ before ended and not by counting, so that the thousandth costs what the first di
 
 An answer about calls carries the share of the asked time that was observed, because "no call" and "nobody
 watched" are different answers. An account that is said to be observed counts as such only as long as its
-daemon goes on saying so: after `SILENT_S_MAX` without a heartbeat it counts as "not started".
+daemon goes on saying so: after `SILENT_S_MAX` without a heartbeat it counts as "not started". It is asked for
+nothing before it was added and after it was removed.
 """
 
 import hashlib
+import math
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
@@ -65,8 +67,11 @@ LEGS_MAX = 20
 MOMENTS_MAX = 10_000
 """Messages in one timeline; a call with more is shown up to there."""
 
-STRETCHES_MAX = 50_000
-"""Rows of coverage in one answer; beyond that a shorter time has to be asked for."""
+COVERED_MAX = 2_000_000
+"""Rows of coverage read for one answer; beyond that a shorter time has to be asked for."""
+
+GAPS_MAX = 50_000
+"""Gaps in one answer; beyond that a shorter time, or fewer accounts, have to be asked for."""
 
 SILENT_S_MAX = 60
 """A heartbeat comes every ten seconds and vouches up to the server's last answer, which a long poll of
@@ -145,8 +150,29 @@ class Timeline(Struct, frozen=True):
     found: Found
     moments: tuple[Moment, ...]
     observed: float
-    """The share, 0 to 1, of the time from its opening to its last message that its account was observed; of a
-    call that goes on, up to now. An account that was removed is observed no more."""
+    """The share, 0 to 1, of the time from its opening to `until` that its account was observed. An account
+    that was removed is observed no more."""
+    until: datetime
+    """Now, of a call that goes on; of one whose end was inferred, when that was concluded, which is not when
+    it ended; else its last message."""
+
+
+class Account(Struct, frozen=True):
+    """An account that there is, or was."""
+
+    account: str
+    tenant: str
+    since: datetime
+    """When it was added, or first watched where a clock says that this was earlier."""
+    removed_at: datetime | None
+
+
+class Gap(Struct, frozen=True):
+    """From `since` to `until` an account was not observed, because of `cause`."""
+
+    since: datetime
+    until: datetime
+    cause: str
 
 
 class Stretch(Struct, frozen=True):
@@ -160,16 +186,103 @@ class Stretch(Struct, frozen=True):
     """Empty where it was observed."""
 
 
+class Present(Struct, frozen=True):
+    """How it is with an account at the end of the asked time."""
+
+    cause: str
+    """Empty where it is observed."""
+    since: datetime
+    """Since when it is so; that may be before the asked time."""
+
+
+class Figures(Struct, frozen=True):
+    """How much of a time was observed, of one account or of several together. Each is exact to the
+    microsecond: `observed_s` and the seconds of all causes make up `asked_s`."""
+
+    asked_s: float
+    observed_s: float
+    percent: float | None
+    """0 to 100; None where nothing was asked."""
+    gaps: int
+    longest_gap_s: float
+    causes_s: Mapping[str, float]
+    """Seconds that were not observed, by cause."""
+
+
+class Watched(Struct, frozen=True):
+    """One account in the asked time."""
+
+    account: str
+    tenant: str
+    since: datetime
+    until: datetime
+    """The part of the asked time in which there was such an account."""
+    figures: Figures
+    last: Present | None
+    """None where it had been removed by then."""
+    gaps: tuple[Gap, ...]
+    """In order; two that touch have different causes."""
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Its time without a moment left out: the gaps, and what was observed between them."""
+        stretches: list[Stretch] = []
+        at = self.since
+        for gap in (*self.gaps, Gap(self.until, self.until, OBSERVED)):
+            if gap.since > at:
+                stretches.append(Stretch(self.account, self.tenant, at, gap.since, OBSERVED))
+            if gap.until > gap.since:
+                stretches.append(Stretch(self.account, self.tenant, gap.since, gap.until, gap.cause))
+            at = gap.until
+        return tuple(stretches)
+
+
+class Tenant(Struct, frozen=True):
+    """All accounts of a tenant together."""
+
+    tenant: str
+    accounts: int
+    figures: Figures
+
+
 class Coverage(Struct, frozen=True):
-    """What was observed of some accounts in some time; its stretches leave no moment out."""
+    """What was observed of some accounts in some time."""
 
     since: datetime
     until: datetime
-    stretches: tuple[Stretch, ...]
-    observed: float
-    """The share, 0 to 1, of the time of all accounts together."""
-    gaps_s: Mapping[str, float]
-    """Seconds of all accounts together, by cause."""
+    """The asked time as far as it has passed: `until` is `now` at the latest. Where all of it is still to
+    come, both are when it begins."""
+    now: datetime
+    asked_until: datetime
+    """As it was asked, also where that is still to come."""
+    first_at: datetime | None
+    """When the first of these accounts was added; None where there never was one."""
+    total: Figures
+    """Of all accounts together, also those that are not shown."""
+    last: Mapping[str, int]
+    """How many of all accounts are how at `until`: by cause, which is empty where they are observed."""
+    tenants: tuple[Tenant, ...]
+    """The worst first."""
+    accounts: tuple[Watched, ...]
+    """The worst first."""
+    not_shown: int
+    """How many more accounts there are, all of them better than those shown."""
+
+    @property
+    def observed(self) -> float:
+        """The share, 0 to 1, of the time of all accounts together; 0 where there is none."""
+        return (self.total.percent or 0.0) / 100
+
+    @property
+    def gaps_s(self) -> Mapping[str, float]:
+        """Seconds of all accounts together that were not observed, by cause."""
+        return self.total.causes_s
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Those of the accounts that are shown, account by account in the order of their names."""
+        ordered = sorted(self.accounts, key=lambda each: each.account)
+        return tuple(stretch for each in ordered for stretch in each.stretches)
 
 
 class Kept(Struct, frozen=True):
@@ -219,7 +332,8 @@ class History:
         since: datetime | None = None,
         until: datetime | None = None,
         accounts: Iterable[str] = (),
-        tenant: str | None = None,
+        tenant: str | Iterable[str] | None = None,
+        direction: Direction | None = None,
         state: str | None = None,
         live: bool | None = None,
         number: str | None = None,
@@ -230,7 +344,8 @@ class History:
         """The calls that began in [since, until), newest first.
 
         `number` is whole, with or without its `+`; `number_ends` gives its last digits. Either finds the
-        account's own number, the other party's, the dialled one and those of all who took part. `state` is
+        account's own number, the other party's, the dialled one and those of all who took part; an account's
+        own only where a message told it, which those of some sites never do: ask by account then. `state` is
         Genesys' word; `live` chooses the calls that go on, or those that do not. `after` continues a page.
         Raises StoreError when `after` is none of ours, or the question takes too long.
         """
@@ -240,6 +355,8 @@ class History:
             conditions.append(call.c.opened_at >= since)
         if until is not None:
             conditions.append(call.c.opened_at < until)
+        if direction is not None:
+            conditions.append(call.c.direction == direction)
         if state is not None:
             conditions.append(call.c.state == state)
         if live is not None:
@@ -287,48 +404,63 @@ class History:
             ).all()
             return tuple([await self._timeline(connection, _found(row)) for row in rows])
 
+    async def accounts(self) -> tuple[Account, ...]:
+        """Every account that there is or ever was, by name."""
+        columns = (account.c.name, account.c.tenant, _existed_since(), account.c.removed_at)
+        async with self._reading() as connection:
+            rows = await connection.execute(select(*columns).order_by(account.c.name))
+            return tuple(Account(*row) for row in rows)
+
     async def coverage(
         self,
         *,
         since: datetime | None = None,
         until: datetime | None = None,
         accounts: Iterable[str] = (),
-        tenant: str | None = None,
+        tenant: str | Iterable[str] | None = None,
+        limit: int | None = None,
     ) -> Coverage:
-        """What was observed in [since, until), account by account, without a moment left out.
+        """What was observed of each account in [since, until), as long as there was such an account.
 
-        Without `since` it begins where the first of the accounts was first watched. Raises StoreError when
-        there are more than STRETCHES_MAX rows in it.
+        No moment is left out. Without `since` it begins where the first of the accounts was added. With
+        `limit` only so many accounts are handed out, the worst; the figures of tenants and of all together
+        are about every one. One statement, whatever the number of accounts; of those that are not handed out,
+        nothing stays in memory. Raises StoreError when there are more than COVERED_MAX rows in that time, or
+        GAPS_MAX gaps in the answer.
         """
         chosen = _chosen(accounts, tenant)
+        tally, tenants, shown = _Tally(), dict[str, _Tally](), list[Watched]()
+        last: Counter[str] = Counter()
         async with self._reading() as connection:
-            begin, end = await self._period(connection, chosen, since, until)
-            watched = (
-                await connection.execute(
-                    select(account.c.name, account.c.tenant, account.c.removed_at)
-                    .where(chosen, _watched_after(begin))
-                    .order_by(account.c.name)
-                )
-            ).all()
-            rows = (
-                await connection.execute(
-                    select(account.c.name, coverage.c.since, self._believed_until(), coverage.c.cause)
-                    .join(account)
-                    .where(chosen, coverage.c.since < end, self._believed_until() > begin)
-                    .order_by(account.c.name, coverage.c.since, coverage.c.id)
-                    .limit(STRETCHES_MAX + 1)
-                )
-            ).all()
-        if len(rows) > STRETCHES_MAX:
-            raise StoreError(f"More than {STRETCHES_MAX} rows of coverage: ask for a shorter time.")
-        told: dict[str, list[tuple[datetime, datetime, str]]] = {}
-        for name, row_since, row_until, cause in rows:
-            told.setdefault(name, []).append((row_since, row_until, cause))
-        stretches: list[Stretch] = []
-        for name, tenant_of, removed_at in watched:
-            last = min(end, removed_at) if removed_at is not None else end
-            stretches += _filled(name, tenant_of, begin, last, told.get(name, ()))
-        return _summed(begin, end, stretches)
+            now = self._clock()
+            first_at = (await connection.execute(select(func.min(_existed_since())).where(chosen))).scalar()
+            end = min(until, now) if until is not None else now
+            begin = since if since is not None else min(first_at or end, end)
+            end = max(begin, end)
+            async for each in self._watched(connection, chosen, begin, end):
+                tally.add(each.since, each.until, each.gaps)
+                tenants.setdefault(each.tenant, _Tally()).add(each.since, each.until, each.gaps)
+                if each.last is not None:
+                    last[each.last.cause] += 1
+                shown.append(each)
+                if limit is not None and len(shown) >= 2 * limit:
+                    shown = sorted(shown, key=_worst)[:limit]
+        shown = sorted(shown, key=_worst)[:limit]
+        if sum(len(each.gaps) for each in shown) > GAPS_MAX:
+            raise StoreError(f"More than {GAPS_MAX} gaps: ask for a shorter time, or for fewer accounts.")
+        together = [Tenant(name, its.accounts, its.figures()) for name, its in tenants.items()]
+        return Coverage(
+            since=begin,
+            until=end,
+            now=now,
+            asked_until=until if until is not None else max(now, begin),
+            first_at=first_at,
+            total=tally.figures(),
+            last=dict(sorted(last.items())),
+            tenants=tuple(sorted(together, key=lambda each: (each.figures.percent or 0.0, each.tenant))),
+            accounts=tuple(shown),
+            not_shown=tally.accounts - len(shown),
+        )
 
     async def live(self, limit: int = PAGE_MAX) -> tuple[Found, ...]:
         """The calls that go on now, newest first."""
@@ -433,9 +565,78 @@ class History:
             )
             for row in sorted(messages, key=lambda row: row.id)
         )
-        end = self._clock() if found.call.open else last
+        if found.call.open:
+            end = self._clock()
+        elif found.call.ended_at is None:
+            end = max([last, *(row.at for row in (*changes, *odds))])
+        else:
+            end = last
         observed = await self._observed(connection, account.c.id == found.call.account, opened_at, end)
-        return Timeline(found, moments, observed)
+        return Timeline(found, moments, observed, end)
+
+    async def _watched(
+        self, connection: AsyncConnection, chosen: ColumnElement[bool], begin: datetime, end: datetime
+    ) -> AsyncIterator[Watched]:
+        """Each chosen account that there was in [begin, end), by name."""
+        # The last row that began by then tells how it was at the beginning, and since when.
+        earlier = coverage.alias()
+        floor = (
+            select(func.max(earlier.c.since))
+            .where(earlier.c.account_id == account.c.id, earlier.c.since <= begin)
+            .correlate(account)
+            .scalar_subquery()
+        )
+        there = (
+            select(
+                account.c.id,
+                account.c.name,
+                account.c.tenant,
+                _existed_since().label("existed_since"),
+                account.c.removed_at,
+                func.coalesce(floor, begin).label("floor"),
+            )
+            .where(chosen, _watched_after(begin))
+            .cte("there")
+            # Else PostgreSQL looks for the floor once for each row of coverage.
+            .prefix_with("MATERIALIZED")
+        )
+        rows = there.outerjoin(
+            coverage,
+            and_(
+                coverage.c.account_id == there.c.id,
+                coverage.c.since >= there.c.floor,
+                coverage.c.since < end,
+            ),
+        )
+        statement = (
+            select(
+                there.c.name,
+                there.c.tenant,
+                there.c.existed_since,
+                there.c.removed_at,
+                coverage.c.since,
+                self._believed_until(),
+                coverage.c.cause,
+            )
+            .select_from(rows)
+            # Of a time that is still to come nothing is known, of whom ever.
+            .where(there.c.existed_since < end, literal(begin < end))
+            .order_by(there.c.name, coverage.c.since, coverage.c.id)
+        )
+        read = 0
+        who: Account | None = None
+        told: list[Told] = []
+        async for name, *of_account, since, until, cause in await connection.stream(statement):
+            if (read := read + 1) > COVERED_MAX:
+                raise StoreError(f"More than {COVERED_MAX} rows of coverage: ask for a shorter time.")
+            if who is None or who.account != name:
+                if who is not None:
+                    yield assess(who, told, begin, end)
+                who, told = Account(name, *of_account), []
+            if since is not None:
+                told.append((since, until, cause))
+        if who is not None:
+            yield assess(who, told, begin, end)
 
     def _believed_until(self) -> ColumnElement[datetime]:
         """The end of a row of coverage. An open "observed" goes on as long as heartbeats come; when they have
@@ -460,7 +661,7 @@ class History:
         """The asked time as far as anything can be known of it: not before we came, and not the future."""
         end = min(until, self._clock()) if until is not None else self._clock()
         if since is None:
-            first = select(func.min(coverage.c.since)).join(account).where(chosen)
+            first = select(func.min(_existed_since())).where(chosen)
             since = (await connection.execute(first)).scalar() or end
         return min(since, end), end
 
@@ -469,7 +670,10 @@ class History:
     ) -> float:
         """The share of [begin, end) that was observed, of all chosen accounts together."""
         last = func.least(end, account.c.removed_at)
-        asked = select(func.sum(_seconds(last - begin))).where(chosen, _watched_after(begin))
+        there = select(func.greatest(begin, _existed_since()).label("first"), last.label("last"))
+        there = there.where(chosen, _watched_after(begin))
+        each = there.subquery()
+        asked = select(func.sum(_seconds(each.c.last - each.c.first))).where(each.c.last > each.c.first)
         until = func.least(self._believed_until(), last)
         watched = (
             select(func.sum(_seconds(until - func.greatest(coverage.c.since, begin))))
@@ -500,14 +704,27 @@ def _found(row: Row[*tuple[Any, ...]]) -> Found:
     return Found(name, tenant, msgspec.convert(fields, Call))
 
 
-def _chosen(accounts: Iterable[str], tenant: str | None) -> ColumnElement[bool]:
+def _chosen(accounts: Iterable[str], tenant: str | Iterable[str] | None) -> ColumnElement[bool]:
     names = list(accounts)
+    tenants = [tenant] if isinstance(tenant, str) else list(tenant or ())
     conditions: list[ColumnElement[bool]] = [true()]
     if names:
         conditions.append(account.c.name.in_(names))
-    if tenant is not None:
-        conditions.append(account.c.tenant == tenant)
+    if tenants:
+        conditions.append(account.c.tenant.in_(tenants))
     return and_(*conditions)
+
+
+def _existed_since() -> ColumnElement[Any]:
+    """When an account was added. `added_at` is the database's clock and coverage the daemon's: the earlier
+    counts, so that no row lies before it."""
+    first = (
+        select(func.min(coverage.c.since))
+        .where(coverage.c.account_id == account.c.id)
+        .correlate(account)
+        .scalar_subquery()
+    )
+    return func.least(account.c.added_at, first)
 
 
 def _watched_after(begin: datetime) -> ColumnElement[bool]:
@@ -557,30 +774,90 @@ def _place(after: str) -> Any:
         raise StoreError(f"{after!r} is not where a page ended: take `after` from the page before.") from None
 
 
-def _filled(
-    name: str, tenant: str, begin: datetime, end: datetime, told: Iterable[tuple[datetime, datetime, str]]
-) -> list[Stretch]:
-    """The account's stretches in [begin, end), with a gap wherever nothing is told."""
-    stretches: list[Stretch] = []
+Told = tuple[datetime, datetime, str]
+"""A row of coverage: from, to, cause."""
+
+
+def assess(who: Account, told: Sequence[Told], begin: datetime, end: datetime) -> Watched:
+    """One account in [begin, end), from its rows in the order of time: those since the last that began by
+    `begin`. Where no row says anything, nobody had started to watch. Total: of rows that overlap, the first
+    counts."""
+    last_at = min(end, who.removed_at) if who.removed_at is not None else end
+    first_at = min(max(begin, who.since), last_at)
+    known_since = told[0][0] if told and told[0][0] <= first_at else min(who.since, first_at)
+    gaps: list[Gap] = []
+    present: Present | None = None
+    for since, until, cause in _tiled(known_since, last_at, told):
+        if present is None or present.cause != cause:
+            present = Present(cause, since)
+        if cause == OBSERVED or until <= first_at:
+            continue
+        begun = max(since, first_at)
+        if gaps and (gaps[-1].until, gaps[-1].cause) == (begun, cause):
+            begun = gaps.pop().since
+        gaps.append(Gap(begun, until, cause))
+    tally = _Tally()
+    tally.add(first_at, last_at, gaps)
+    return Watched(
+        account=who.account,
+        tenant=who.tenant,
+        since=first_at,
+        until=last_at,
+        figures=tally.figures(),
+        last=present if last_at == end else None,
+        gaps=tuple(gaps),
+    )
+
+
+def _tiled(begin: datetime, end: datetime, told: Iterable[Told]) -> Iterator[Told]:
+    """[begin, end) without a moment left out: what is told, and "not started" where nothing is."""
     at = begin
-    for since, until, cause in told:
-        since, until = max(since, at), min(until, end)
+    for told_since, told_until, cause in told:
+        since, until = max(told_since, at), min(told_until, end)
         if since >= until:
             continue
         if since > at:
-            stretches.append(Stretch(name, tenant, at, since, NOT_STARTED))
-        stretches.append(Stretch(name, tenant, since, until, cause))
+            yield at, since, NOT_STARTED
+        yield since, until, cause
         at = until
     if at < end:
-        stretches.append(Stretch(name, tenant, at, end, NOT_STARTED))
-    return stretches
+        yield at, end, NOT_STARTED
 
 
-def _summed(begin: datetime, end: datetime, stretches: list[Stretch]) -> Coverage:
-    by_cause: dict[str, float] = {}
-    for stretch in stretches:
-        seconds = (stretch.until - stretch.since) / timedelta(seconds=1)
-        by_cause[stretch.cause] = by_cause.get(stretch.cause, 0.0) + seconds
-    asked_s = sum(by_cause.values())
-    observed = by_cause.pop(OBSERVED, 0.0) / asked_s if asked_s else 0.0
-    return Coverage(begin, end, tuple(stretches), observed, by_cause)
+class _Tally:
+    """Adds up times exactly, which seconds as floats would not."""
+
+    def __init__(self) -> None:
+        self.accounts = 0
+        self._asked = timedelta()
+        self._gaps = 0
+        self._longest = timedelta()
+        self._causes: dict[str, timedelta] = {}
+
+    def add(self, since: datetime, until: datetime, gaps: Iterable[Gap]) -> None:
+        """One account more."""
+        self.accounts += 1
+        self._asked += until - since
+        for gap in gaps:
+            lasted = gap.until - gap.since
+            self._gaps += 1
+            self._longest = max(self._longest, lasted)
+            self._causes[gap.cause] = self._causes.get(gap.cause, timedelta()) + lasted
+
+    def figures(self) -> Figures:
+        """What it comes to."""
+        observed = self._asked - sum(self._causes.values(), timedelta())
+        return Figures(
+            asked_s=self._asked.total_seconds(),
+            observed_s=observed.total_seconds(),
+            percent=100 * (observed / self._asked) if self._asked else None,
+            gaps=self._gaps,
+            longest_gap_s=self._longest.total_seconds(),
+            causes_s={cause: lasted.total_seconds() for cause, lasted in sorted(self._causes.items())},
+        )
+
+
+def _worst(each: Watched) -> tuple[float, float, str]:
+    """The order of accounts: the least observed first; of whom nothing was asked last."""
+    percent = each.figures.percent
+    return (math.inf if percent is None else percent, -each.figures.longest_gap_s, each.account)

@@ -13,7 +13,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from listener.errors import SchemaOutdated, StoreError
@@ -34,10 +34,17 @@ def head() -> str:
     return found
 
 
+ROLES = ("listener_writer", "listener_reader", "listener_auditor")
+"""Whom the migrations grant rights to. They belong to the server and are made by the first upgrade."""
+
+
 async def upgrade(dsn: str, revision: str = "head") -> None:
-    """Bring the database to the revision; nothing happens where it is there already. Raises StoreError."""
+    """Bring the database to the revision; nothing happens where it is there already. Raises StoreError, also
+    where our roles are missing and the user of the DSN may not make them."""
 
     def run(connection: Connection) -> None:
+        if MigrationContext.configure(connection).get_current_revision() is None:
+            _refuse_without_roles(connection)
         command.upgrade(_config(connection), revision)
 
     await _run(dsn, run)
@@ -84,6 +91,24 @@ def refuse_other(revision: str | None) -> None:
     raise SchemaOutdated(
         f"The database is at revision {revision}, which this version does not know (its newest is {ours}):"
         " install the version of the listener that upgraded it."
+    )
+
+
+def _refuse_without_roles(connection: Connection) -> None:
+    user, may_create = connection.execute(
+        text(
+            "SELECT quote_ident(current_user), rolsuper OR rolcreaterole FROM pg_roles"
+            " WHERE rolname = current_user"
+        )
+    ).one()
+    found = connection.execute(text("SELECT rolname FROM pg_roles")).scalars().all()
+    missing = [role for role in ROLES if role not in found]
+    if not missing or may_create:
+        return
+    create = " ".join(f"CREATE ROLE {role} NOLOGIN;" for role in missing)
+    raise StoreError(
+        f"The user {user} may not create the roles that are missing. Let a superuser run: {create}"
+        f" GRANT {', '.join(ROLES)} TO {user}; then run `listener db upgrade` again."
     )
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import asyncpg
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from sqlalchemy import event
 
-from listener.core.calls import Cover, Entry, Source
+from listener.core.calls import Cover, Direction, Entry, Source
 from listener.errors import SchemaOutdated, StoreError
 from listener.store import history as module
-from listener.store.history import History
+from listener.store.history import Account, Gap, History, Present, assess
 from listener.store.journal import AccountRow, Journal
 from tests.core import messages
 from tests.store.line import T0, Line
@@ -48,6 +50,12 @@ async def history(database: str, clock: Clock) -> AsyncIterator[History]:
 def at(seconds: float) -> datetime:
     """So long after the beginning."""
     return T0 + timedelta(seconds=seconds)
+
+
+async def added(sql: asyncpg.Connection, **seconds: float) -> None:
+    """Accounts, and how long after the beginning they were added: the database would say "now"."""
+    for name, after in seconds.items():
+        await sql.execute("UPDATE account SET added_at = $2 WHERE name = $1", name, at(after))
 
 
 async def names(history: History, **asked: object) -> list[str]:
@@ -125,6 +133,9 @@ async def test_calls_are_found_by_time_account_tenant_and_state(journal: Journal
     assert await names(history, accounts=["ada", "eve"]) == ["c", "a"]
     assert await names(history, tenant="acme") == ["b", "a"]
     assert await names(history, tenant="acme", accounts=["eve"]) == []
+    assert await names(history, tenant=["acme", "globex"]) == ["c", "b", "a"]
+    assert await names(history, direction=Direction.OUTBOUND) == ["c"]
+    assert await names(history, direction=Direction.INBOUND) == ["b", "a"]
     assert await names(history, state="Released") == ["b"]
     assert await names(history, live=True) == ["c", "a"]
     assert await names(history, live=False) == ["b"]
@@ -245,8 +256,11 @@ async def test_a_name_that_names_nothing_has_no_calls(name: str, journal: Journa
 # ── what was observed ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_coverage_leaves_no_moment_out(journal: Journal, history: History, clock: Clock) -> None:
+async def test_coverage_leaves_no_moment_out(
+    journal: Journal, history: History, clock: Clock, sql: asyncpg.Connection
+) -> None:
     """Before the first row, between rows and in gaps, it says that nobody listened, and why."""
+    await added(sql, ada=-10)
     await journal.cover([Cover(1, at(100)), Cover(1, at(160), "disconnected"), Cover(1, at(170))])
     await journal.heartbeat([1], at(395))
     clock.now = at(400)
@@ -262,6 +276,171 @@ async def test_coverage_leaves_no_moment_out(journal: Journal, history: History,
     ]
     assert told.observed == pytest.approx(290 / 400)
     assert told.gaps_s == {"not started": 100, "disconnected": 10}
+    (ada,) = told.accounts
+    assert (ada.account, ada.tenant, ada.since, ada.until) == ("ada", "acme", at(0), at(400))
+    assert ada.gaps == (Gap(at(0), at(100), "not started"), Gap(at(160), at(170), "disconnected"))
+    assert ada.last == Present("", at(170))
+    figures = ada.figures
+    assert (figures.asked_s, figures.observed_s, figures.percent) == (400, 290, 72.5)
+    assert (figures.gaps, figures.longest_gap_s) == (2, 100)
+    assert figures.causes_s == {"disconnected": 10, "not started": 100}
+    assert (told.now, told.asked_until) == (at(400), at(4000))
+
+
+async def test_an_account_counts_from_when_it_was_added(
+    journal: Journal, history: History, clock: Clock, sql: asyncpg.Connection
+) -> None:
+    """What nobody promised to watch is not missing; where a row is older, the database's clock is wrong."""
+    await journal.cover([Cover(1, at(0)), Cover(2, at(60))])
+    await journal.heartbeat([1, 2], at(100))
+    await added(sql, ada=0, bob=50)
+    clock.now = at(100)
+
+    told = await history.coverage(since=at(0))
+    assert {each.account: (each.since, each.figures.percent) for each in told.accounts} == {
+        "ada": (at(0), 100.0),
+        "bob": (at(50), 80.0),
+    }
+    assert (await history.calls(since=at(0))).observed == pytest.approx(140 / 150)
+    await added(sql, bob=70)
+    bob = (await history.coverage(since=at(0), accounts=["bob"])).accounts[0]
+    assert (bob.since, bob.figures.percent) == (at(60), 100.0)
+
+
+async def test_the_worst_come_first_and_tenants_are_added_up(
+    journal: Journal, history: History, clock: Clock, sql: asyncpg.Connection
+) -> None:
+    """A limit bounds what is handed out, and neither the figures nor the count."""
+    await journal.register([AccountRow(name, "globex", "lab") for name in ("cy", "di", "eve")])
+    await journal.cover([Cover(account, at(0)) for account in (1, 2, 3, 4, 5)])
+    await journal.cover(
+        [Cover(2, at(90), "stalled"), Cover(3, at(80), "disconnected"), Cover(4, at(95), "x")]
+    )
+    await journal.heartbeat([1, 5], at(100))
+    await added(sql, ada=0, bob=0, cy=0, di=0, eve=0)
+    clock.now = at(100)
+
+    told = await history.coverage(since=at(0), limit=2)
+
+    assert [each.account for each in told.accounts] == ["cy", "bob"]
+    assert told.not_shown == 3
+    assert told.total.percent == 93.0
+    assert told.total.causes_s == {"disconnected": 20, "stalled": 10, "x": 5}
+    assert [(each.tenant, each.accounts, each.figures.percent) for each in told.tenants] == [
+        ("globex", 3, 100 * (275 / 300)),
+        ("acme", 2, 95.0),
+    ]
+    everybody = await history.coverage(since=at(0))
+    assert [each.account for each in everybody.accounts] == ["cy", "bob", "di", "ada", "eve"]
+    assert (await history.coverage(tenant=["acme", "globex"])).total.asked_s == 500
+    assert (await history.coverage(tenant="globex")).total.asked_s == 300
+
+
+async def test_a_gap_that_goes_on_is_told_with_its_beginning(
+    journal: Journal, history: History, clock: Clock
+) -> None:
+    """Also where that lies before the asked time, and also where only the silence of the daemon says so."""
+    await journal.cover([Cover(1, at(0)), Cover(1, at(100), "disconnected"), Cover(2, at(0))])
+    await journal.heartbeat([2], at(200))
+    clock.now = at(5000)
+
+    told = await history.coverage(since=at(4000))
+
+    assert {each.account: each.last for each in told.accounts} == {
+        "ada": Present("disconnected", at(100)),
+        "bob": Present("not started", at(200)),
+    }
+    assert all(each.gaps[0].since == at(4000) for each in told.accounts)
+    assert told.total.percent == 0.0
+    then = await history.coverage(since=at(50), until=at(150))
+    assert {each.account: each.last for each in then.accounts} == {
+        "ada": Present("disconnected", at(100)),
+        "bob": Present("", at(0)),
+    }
+
+
+async def test_before_the_first_account_and_after_now_nothing_is_claimed(
+    journal: Journal, history: History, clock: Clock, sql: asyncpg.Connection
+) -> None:
+    """No account was asked for anything then; the answer says when the first was added, and what now is."""
+    await journal.cover([Cover(1, at(100))])
+    await added(sql, ada=50)
+    clock.now = at(200)
+
+    before = await history.coverage(since=at(0), until=at(40), accounts=["ada"])
+    unwatched = await history.coverage(since=at(50), until=at(90), accounts=["ada"])
+    future = await history.coverage(since=at(300), until=at(400), accounts=["ada"])
+    nobody = await history.coverage(accounts=["zoe"])
+
+    assert (before.accounts, before.total.percent, before.first_at) == ((), None, at(50))
+    assert unwatched.accounts[0].gaps == (Gap(at(50), at(90), "not started"),)
+    assert unwatched.accounts[0].last == Present("not started", at(50))
+    assert (future.accounts, future.total.percent) == ((), None)
+    assert (future.since, future.until, future.now) == (at(300), at(300), at(200))
+    assert (nobody.accounts, nobody.first_at) == ((), None)
+
+
+_SPAN = 24
+_MOMENTS = st.integers(0, _SPAN)
+_ROWS = st.lists(
+    st.tuples(_MOMENTS, _MOMENTS, st.sampled_from(["", "not started", "stalled", "x"])), max_size=8
+)
+
+
+@given(_ROWS, _MOMENTS, _MOMENTS, _MOMENTS, st.none() | _MOMENTS)
+@example([(0, 9, "x"), (3, 20, ""), (4, 4, "stalled")], 5, 15, 0, None)
+def test_percent_and_gaps_are_exactly_the_period(
+    rows: list[tuple[int, int, str]], since: int, until: int, existed: int, removed: int | None
+) -> None:
+    """Whatever the rows and the cut-offs, also rows that overlap, run backwards or leave holes: each unit of
+    time is observed or in one gap of the right cause, and the seconds add up to the microsecond."""
+
+    def instant(unit: int) -> datetime:
+        return T0 + unit * timedelta(microseconds=333_333)
+
+    rows = sorted(rows, key=lambda row: row[0])
+    told = [(instant(first), instant(last), cause) for first, last, cause in rows]
+    until = max(since, until)
+    who = Account("ada", "", instant(existed), instant(removed) if removed is not None else None)
+
+    answer = assess(who, told, instant(since), instant(until))
+
+    asked = [
+        unit for unit in range(since, until) if existed <= unit < (_SPAN if removed is None else removed)
+    ]
+    expected = {
+        unit: next((cause for first, last, cause in rows if first <= unit < last), "not started")
+        for unit in asked
+    }
+    found = {
+        unit: stretch.cause
+        for stretch in answer.stretches
+        for unit in range(_SPAN)
+        if stretch.since <= instant(unit) < stretch.until
+    }
+    assert found == expected
+    figures = answer.figures
+    exact = [round(each * 1_000_000) for each in (figures.observed_s, *figures.causes_s.values())]
+    assert sum(exact) == round(figures.asked_s * 1_000_000) == len(asked) * 333_333
+    assert exact[0] == 333_333 * list(expected.values()).count("")
+    assert figures.gaps == len(answer.gaps)
+    assert figures.percent == (100 * (exact[0] / (len(asked) * 333_333)) if asked else None)
+    assert (figures.percent == 100) == bool(asked and not answer.gaps)
+    for one, next_ in zip(answer.gaps, answer.gaps[1:], strict=False):
+        assert one.until < next_.since or (one.until == next_.since and one.cause != next_.cause)
+
+
+async def test_the_accounts_that_there_are_and_were(
+    journal: Journal, history: History, sql: asyncpg.Connection
+) -> None:
+    """By name, with their tenants, and until when."""
+    await added(sql, ada=0, bob=1)
+    await journal.retire([2], at(50))
+
+    assert await history.accounts() == (
+        Account("ada", "acme", at(0), None),
+        Account("bob", "acme", at(1), at(50)),
+    )
 
 
 async def test_silence_is_not_observation(journal: Journal, history: History, clock: Clock) -> None:
@@ -283,9 +462,10 @@ async def test_silence_is_not_observation(journal: Journal, history: History, cl
 
 
 async def test_no_call_and_nobody_listening_are_different_answers(
-    journal: Journal, history: History, clock: Clock
+    journal: Journal, history: History, clock: Clock, sql: asyncpg.Connection
 ) -> None:
     """An empty list says how much of the asked time and accounts was observed."""
+    await added(sql, ada=0, bob=0)
     clock.now = at(100)
     assert (await history.calls()).observed == 0.0
     await journal.cover([Cover(1, at(0)), Cover(2, at(50), "login refused")])
@@ -303,9 +483,10 @@ async def test_no_call_and_nobody_listening_are_different_answers(
 
 
 async def test_without_a_beginning_the_answer_is_about_the_time_since_we_came(
-    journal: Journal, history: History, clock: Clock
+    journal: Journal, history: History, clock: Clock, sql: asyncpg.Connection
 ) -> None:
     """Nobody can have observed what was before."""
+    await added(sql, ada=1000, bob=1000)
     await journal.cover([Cover(1, at(1000)), Cover(2, at(1100))])
     await journal.heartbeat([1, 2], at(1200))
     clock.now = at(1200)
@@ -347,14 +528,47 @@ async def test_a_timeline_says_what_share_of_it_was_observed(
     (timeline,) = await history.call(messages.UUID)
 
     assert timeline.observed == pytest.approx(0.75)
+    assert timeline.until == at(101)
 
 
+async def test_the_time_of_a_call_that_goes_on_is_up_to_now(
+    journal: Journal, history: History, clock: Clock
+) -> None:
+    """Its share is about that time, and not up to its last message only."""
+    await journal.record(Line().call("Ringing"))  # at 1 s
+    await journal.cover([Cover(1, at(0)), Cover(1, at(51), "disconnected")])
+    clock.now = at(101)
+
+    (timeline,) = await history.call(messages.UUID)
+
+    assert timeline.observed == pytest.approx(0.5)
+    assert timeline.until == at(101)
+
+
+async def test_the_time_of_a_call_that_ended_unheard_is_up_to_when_that_was_noticed(
+    journal: Journal, history: History, clock: Clock
+) -> None:
+    """No end is invented for it, and the gap that hid its end counts."""
+    line = Line()
+    await journal.record(line.call("Ringing", "Established"))  # at 1 s and 2 s
+    line.at = at(100)
+    await journal.record([line.snapshot()])  # at 101 s
+    await journal.cover([Cover(1, at(0)), Cover(1, at(26), "disconnected"), Cover(1, at(101))])
+
+    (timeline,) = await history.call(messages.UUID)
+
+    assert (timeline.found.call.ended_at, timeline.until) == (None, at(101))
+    assert timeline.observed == pytest.approx(0.25)
+    assert (timeline.found.call.settled or "").startswith("inferred: ")
+
+
+@pytest.mark.parametrize("bound", ["COVERED_MAX", "GAPS_MAX"])
 async def test_too_long_an_answer_is_refused(
-    journal: Journal, history: History, monkeypatch: pytest.MonkeyPatch
+    bound: str, journal: Journal, history: History, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bound, with the cure, instead of an answer that is silently cut."""
-    await journal.cover([Cover(1, at(n), "stalled" if n % 2 else "") for n in range(5)])
-    monkeypatch.setattr(module, "STRETCHES_MAX", 4)
+    await journal.cover([Cover(1, at(n), "stalled" if n % 2 else "x") for n in range(5)])
+    monkeypatch.setattr(module, bound, 4)
 
     with pytest.raises(StoreError, match="shorter"):
         await history.coverage(since=at(0))
