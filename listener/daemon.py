@@ -29,6 +29,7 @@ from msgspec import Struct
 from listener import __version__
 from listener.adapters.cometd import Endpoint, Line
 from listener.adapters.genesys import GenesysClient
+from listener.closing import Closer
 from listener.core.calls import Recorded
 from listener.core.session import Delivered, Fact, Gap
 from listener.coverage import REFUSED, SNAPSHOTS_AT_ONCE_MAX, UP, Ledger, Watch
@@ -278,6 +279,7 @@ class Daemon:
             upkeep = tasks.create_task(self._upkeep(journal), name="upkeep")
             works = _Works(journal, pipeline, ledger, tasks)
             await self._until_stopped(self._follow_first(works))
+            closing = tasks.create_task(self._closer(journal, pipeline).run(), name="closer")
             if not self._stopping.is_set():
                 self._starting = ""
                 calm_collector()
@@ -286,6 +288,7 @@ class Daemon:
                     self._ready(port)
             while not self._stopping.is_set():
                 await self._until_stopped(self._follow_changes(works))
+            closing.cancel()
             await self._farewell(works)
             for task in (writing, covering, upkeep):
                 task.cancel()
@@ -404,7 +407,7 @@ class Daemon:
         if new:
             await works.journal.resume_coverage([ids[account.name] for account in new], self._wall())
         if first:
-            self._metrics.open_calls(await works.journal.open_calls(list(ids.values())))
+            self._metrics.open_calls(await works.journal.open_calls())
         for number in ids.values():
             self._retiring.pop(number, None)
         at = self._wall()
@@ -514,6 +517,16 @@ class Daemon:
                 context.verify_mode = ssl.CERT_NONE
             self._tls[key] = context
         return self._tls[key]
+
+    def _closer(self, journal: Journal, pipeline: Pipeline) -> Closer:
+        limits = self.settings.limits
+        return Closer(
+            journal,
+            pipeline,
+            call_hours_max=limits.call_hours_max,
+            wrap_up_s_max=limits.wrap_up_s_max,
+            wall=self._wall,
+        )
 
     async def _upkeep(self, journal: Journal) -> None:
         while True:

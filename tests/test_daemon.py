@@ -19,7 +19,9 @@ from listener.simulator.scripts import CALLS_CHANNEL
 from listener.simulator.settings import SimulatorSettings
 from listener.store import migrate
 from listener.store.embedded import Embedded
+from listener.store.journal import AccountRow, Journal
 from tests.peers.proxy import TcpProxy, free_port
+from tests.store.line import T0, Line
 from tests.support.database import THROWAWAY
 from tests.support.outage import Fragile
 from tests.support.running import InProcess, account, settings_for, short_place, until
@@ -105,6 +107,22 @@ async def test_everything_that_was_sent_is_stored_and_counted(database: str, sql
     assert {Outcome.ANSWERED, Outcome.UNANSWERED} <= {call.outcome for call in truth.calls}
     for login in truth.accounts:
         assert await causes(sql, login) == ["not started", "", "stopped"]
+
+
+async def test_calls_without_an_end_are_closed(database: str, sql: asyncpg.Connection) -> None:
+    """Also those of an account that is gone: at the start, and without leaving the gauge below zero."""
+    async with await Journal.open(database) as journal:
+        gone = await journal.register([AccountRow("gone", "", "lab")])
+        await journal.record(Line(gone["gone"]).call("Ringing", "Established"))
+        await journal.retire(gone.values(), T0)
+    async with centre() as simulator, InProcess(settings_for(simulator, database)).running() as listener:
+
+        async def closed() -> bool:
+            return await listener.metric("listener_calls_ended_total", outcome="answered") == 1
+
+        await until(closed)
+        assert await listener.metric("listener_calls", state="Established") == 0
+    assert await sql.fetchval("SELECT settled FROM call") == "inferred: not heard of for 24 h"
 
 
 async def test_a_second_start_goes_on_where_the_first_one_ended(
