@@ -600,7 +600,7 @@ class History:
             # Else PostgreSQL looks for the floor once for each row of coverage.
             .prefix_with("MATERIALIZED")
         )
-        rows = there.outerjoin(
+        joined = there.outerjoin(
             coverage,
             and_(
                 coverage.c.account_id == there.c.id,
@@ -618,7 +618,7 @@ class History:
                 self._believed_until(),
                 coverage.c.cause,
             )
-            .select_from(rows)
+            .select_from(joined)
             # Of a time that is still to come nothing is known, of whom ever.
             .where(there.c.existed_since < end, literal(begin < end))
             .order_by(there.c.name, coverage.c.since, coverage.c.id)
@@ -626,15 +626,17 @@ class History:
         read = 0
         who: Account | None = None
         told: list[Told] = []
-        async for name, *of_account, since, until, cause in await connection.stream(statement):
-            if (read := read + 1) > COVERED_MAX:
+        stream = await connection.stream(statement, execution_options={"yield_per": _FETCH})
+        async for rows in stream.partitions():
+            if (read := read + len(rows)) > COVERED_MAX:
                 raise StoreError(f"More than {COVERED_MAX} rows of coverage: ask for a shorter time.")
-            if who is None or who.account != name:
-                if who is not None:
-                    yield assess(who, told, begin, end)
-                who, told = Account(name, *of_account), []
-            if since is not None:
-                told.append((since, until, cause))
+            for name, tenant, existed_since, removed_at, since, until, cause in rows:
+                if who is None or who.account != name:
+                    if who is not None:
+                        yield assess(who, told, begin, end)
+                    who, told = Account(name, tenant, existed_since, removed_at), []
+                if since is not None:
+                    told.append((since, until, cause))
         if who is not None:
             yield assess(who, told, begin, end)
 
@@ -687,6 +689,9 @@ class History:
 
 
 _CLOCK_SLACK = timedelta(days=1)
+
+_FETCH = 2000
+"""Rows of coverage that are in memory at a time; one by one, each would cost a turn of the loop."""
 
 _LIVE = and_(call.c.ended_at.is_(None), call.c.settled.is_(None))
 """As the index `ix_call_open` has it."""
