@@ -17,6 +17,7 @@ The field names and their traps are from Genesys' documentation of the call reso
 field capture.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -25,7 +26,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw, Struct, structs
 
 from listener.core.calls import (
     Anomaly,
@@ -58,6 +59,13 @@ a message can be read, or written down again, would depend on who asks from how 
 
 ODDITIES_MAX = 20
 """A message can be odd in a million places; so many are told apart, and the rest are counted."""
+
+NAME_BYTES_MAX = 2048
+"""A longer id or number fits no index (PostgreSQL's btree: 2704 bytes an entry), and is known by its digest.
+No server has a reason to send one; but a call must not be hidden by it."""
+
+NAME_CHARS_SHOWN = 40
+"""What is left of it to be read."""
 
 CALLS_CLOSED = "CallsClosed"
 """The messageType of a `Closing`, which we write ourselves."""
@@ -155,11 +163,13 @@ def decode(raw: bytes, channel: str = "") -> Decoded:
         # Looking for one byte first is twenty times as quick, and most messages have no escape at all.
         if not (b"\\" in raw and b"\\u0000" in raw):
             try:
-                return _interpret(_QUICK.decode(raw), channel, [])
+                decoded = _interpret(_QUICK.decode(raw), channel, [])
+                # A short message has no long names.
+                return decoded if len(raw) <= NAME_BYTES_MAX else _named_shortly(decoded)
             except (msgspec.MsgspecError, UnicodeError, _Unstorable):
                 pass  # not without a loss: it is read again, patiently
         oddities: list[Anomaly] = []
-        return _interpret(_patient(raw, oddities), channel, oddities)
+        return _named_shortly(_interpret(_patient(raw, oddities), channel, oddities))
     except _NotAMessage as refusal:
         return Unrecognised(str(refusal)[:REASON_CHARS_MAX])
     except RecursionError:
@@ -288,6 +298,47 @@ def _bounded(oddities: list[Anomaly]) -> tuple[Anomaly, ...]:
         return tuple(oddities)
     told, untold = oddities[: ODDITIES_MAX - 1], oddities[ODDITIES_MAX - 1 :]
     return (*told, Anomaly(untold[0].kind, f"and {len(untold)} more, the first: {untold[0].detail}"))
+
+
+_NAMES = (
+    "call_id", "call_uuid", "conn_id", "previous_conn_id", "parent_call_id", "phone_number", "ani", "dnis"
+)  # fmt: skip
+
+
+def _named_shortly(decoded: Decoded) -> Decoded:
+    """With a digest for each id and number that is too long."""
+    if isinstance(decoded, Snapshot):
+        return structs.replace(decoded, calls=tuple([_with_short_names(call) for call in decoded.calls]))
+    return _with_short_names(decoded) if isinstance(decoded, Notification) else decoded
+
+
+def _with_short_names(notification: Notification) -> Notification:
+    after: dict[str, Any] = {
+        name: _short(value)
+        for name in _NAMES
+        if (value := getattr(notification, name)) is not None and _is_long(value)
+    }
+    parties = notification.participants or ()
+    if any(_is_long(party.number) or _is_long(party.e164) for party in parties):
+        after["participants"] = tuple(
+            [structs.replace(each, number=_short(each.number), e164=_short(each.e164)) for each in parties]
+        )
+    if not after:
+        return notification
+    odd = Anomaly("poisoned", f"{', '.join(after)}: too long, told by a digest; the raw message has it")
+    return structs.replace(notification, oddities=_bounded([odd, *notification.oddities]), **after)
+
+
+def _is_long(text: str) -> bool:
+    # No character takes more than four bytes.
+    return len(text) > NAME_BYTES_MAX // 4 and len(text.encode()) > NAME_BYTES_MAX
+
+
+def _short(text: str) -> str:
+    """The same for the same text, and another for any other."""
+    if not _is_long(text):
+        return text
+    return f"{text[:NAME_CHARS_SHOWN]}…{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _last_segment(path: str) -> str | None:
@@ -500,12 +551,27 @@ def _patient(raw: bytes, oddities: list[Anomaly]) -> _Body:
         oddities.append(Anomaly("poisoned", "NUL or half a surrogate pair replaced; the raw message has it"))
         return clean
 
-    try:
-        value = json.loads(
-            text, object_pairs_hook=pairs, parse_constant=as_text, parse_int=integer, parse_float=number
+    def read(*, strict: bool) -> Any:
+        return json.loads(
+            text,
+            object_pairs_hook=pairs,
+            parse_constant=as_text,
+            parse_int=integer,
+            parse_float=number,
+            strict=strict,
         )
+
+    known = len(oddities)
+    try:
+        value = read(strict=True)
     except ValueError as error:
-        raise _NotAMessage(f"no JSON: {error}; it begins with {text[:60]!r}") from None
+        del oddities[known:]
+        try:
+            value = read(strict=False)
+        except ValueError:
+            raise _NotAMessage(f"no JSON: {error}; it begins with {text[:60]!r}") from None
+        # RFC 8259, section 7: they must be escaped. What they stand in can be read all the same.
+        oddities.append(Anomaly("poisoned", "control characters inside a text"))
     if not isinstance(value, _Pairs):
         raise _NotAMessage(f"{_kind(value)} instead of a JSON object")
     return _Coercion(oddities).body(value)

@@ -863,6 +863,8 @@ def assert_storable(decoded: Decoded) -> None:
 
 POISON = {
     "NUL in a text": rb'"a\u0000b"',
+    "NUL itself in a text": b'"a\x00b"',
+    "line break in a text": b'"a\nb"',
     "lone surrogate": rb'"\ud800"',
     "other lone surrogate": rb'"x\udc00"',
     "broken surrogate pair": rb'"\ud800A"',
@@ -953,6 +955,57 @@ def test_what_was_replaced_is_said(poison: bytes, kept: Any) -> None:
     heard = notification(PLACES["in userData"](poison))
     assert heard.user_data == {"k": kept, "u": "a:b"}
     assert set(kinds(heard)) == {"poisoned"}
+
+
+def test_control_characters_hide_nothing() -> None:
+    """JSON forbids them inside a text; they are read all the same, and said. NUL cannot be kept."""
+    heard = notification(PLACES["in userData"](b'"a\tb\x00c"'))
+    assert heard.user_data == {"k": "a\tb\ufffdc", "u": "a:b"}
+    assert kinds(heard) == ["poisoned", "poisoned"]
+    assert refused(b'{"messageType":"a\tb"')
+
+
+LONG = "9" * (decoder.NAME_BYTES_MAX + 1)
+NAMES = {
+    "id": "call_id",
+    "callUuid": "call_uuid",
+    "connId": "conn_id",
+    "previousConnId": "previous_conn_id",
+    "parentCallUri": "parent_call_id",
+    "phoneNumber": "phone_number",
+    "ani": "ani",
+    "dnis": "dnis",
+}
+
+
+@pytest.mark.parametrize("field", NAMES)
+def test_a_name_that_fits_no_index_is_known_by_its_digest(field: str) -> None:
+    """The same one is the same, another one is another, and what is as long as may be is as it came."""
+    name = NAMES[field]
+    calls: list[JsonObject] = [{field: value} for value in (LONG, LONG, LONG[:-1] + "8", LONG[:-1])]
+    heard, again, other, fits = (notification(message(**call)) for call in calls)
+    assert len(getattr(heard, name).encode()) < 200
+    assert getattr(heard, name).startswith(LONG[: decoder.NAME_CHARS_SHOWN])
+    assert getattr(heard, name) == getattr(again, name) != getattr(other, name)
+    assert getattr(fits, name) == LONG[:-1]
+    assert (kinds(heard), kinds(fits)) == (["poisoned"], [])
+    assert name in heard.oddities[0].detail
+
+
+def test_long_numbers_of_participants_too() -> None:
+    """By bytes and not by characters; the others on the call stay as they are. So in a list of calls."""
+    wide = "☎" * (decoder.NAME_BYTES_MAX // 3 + 1)
+    heard = notification(message(numbers=("7023", wide, "+" + LONG)))
+    assert heard.participants is not None
+    ours, wider, longer = heard.participants
+    assert (ours.number, ours.e164) == ("7023", "")
+    assert len(wider.number.encode()) < 250
+    assert longer.number == longer.e164 != ""
+    assert len(longer.e164) < 200
+    assert kinds(heard) == ["poisoned"]
+    (listed,) = live(snapshot(resource("Held", numbers=(wide,)))).calls
+    assert listed.participants is not None
+    assert listed.participants[0].number == wider.number
 
 
 @pytest.mark.parametrize("value", [0, 2**53 + 1, 2**63 - 1, -(2**63), 0.1, 1e308])
