@@ -17,6 +17,8 @@ needs no network (numbers refer to the Bayeux specification 1.0 and the CometD r
   does not reset this, a connection that lasts does. For the first seconds retries stay dense, because the
   server still keeps the session (`maxInterval`, 10 s by default). A server that answers every connect at
   once and with nothing is asked less often too.
+- **A restart is no loss.** A session outlives us by its server's `maxInterval`: `resume` goes on with it,
+  from the batch that was stored last. So each delivery says which batch it makes whole, for who stores it.
 - **Nothing silent.** A refused subscription, a lost session, a connect or handshake that is denied: each is
   a fact, is tried again slowly, and counts as a gap until every channel is subscribed again.
 """
@@ -24,6 +26,7 @@ needs no network (numbers refer to the Bayeux specification 1.0 and the CometD r
 import json
 import re
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
@@ -90,6 +93,11 @@ BY_HAND_BYTES_MAX = 4 * 1024 * 1024
 A larger one is malformed."""
 
 
+EARLY_BYTES_MAX = 4 * 1024 * 1024
+"""What may wait for the reply that comes after it, over a websocket. More is told at once; then it is not
+known which batch it makes whole, and only the next delivery makes the session resumable again."""
+
+
 class Failure(StrEnum):
     """Why a request brought no answer that can be used."""
 
@@ -132,6 +140,70 @@ Action = Send | Sleep | Login | Stop
 """What `Session.next` may answer."""
 
 
+class Cookie(Struct, frozen=True):
+    """A cookie of the account's jar, in the words of RFC 6265, as it was set."""
+
+    name: str
+    value: str
+    domain: str
+    path: str
+    secure: bool
+    expires: str
+    max_age: str
+
+    def __repr__(self) -> str:
+        return f"Cookie({self.name})"
+
+
+class Kept(Struct, frozen=True):
+    """What a Bayeux session is resumed with after a restart, apart from what the stream's row holds.
+
+    A credential: whoever has it can take the session over. It is stored, and neither logged nor shown.
+    """
+
+    stream: str
+    client_id: str
+    ack: bool
+    connection_type: str
+    max_interval_s: float | None
+    """The `maxInterval` that the server advised; None if it said nothing of it."""
+    channels: tuple[str, ...]
+    """Those that the server has confirmed, sorted."""
+    owner: str
+    """Whose session it is, in the words of who runs the line: another's is not resumed."""
+    cookies: tuple[Cookie, ...]
+    token: tuple[tuple[str, str], ...]
+    """The header with the CSRF token, where the server wants one."""
+
+    def __repr__(self) -> str:
+        return f"Kept({self.stream})"
+
+
+class Saved(Struct, frozen=True):
+    """A session as the store has it: what was kept of it, and how far its messages are stored."""
+
+    kept: Kept
+    saved_at: datetime
+    position: int = 0
+    """The last that is stored; 0 if none is."""
+    batch: tuple[int, int] | None = None
+    """As in `calls.Heard.batch`, of the last message that is stored."""
+
+    @property
+    def resumes_at(self) -> tuple[int, int] | None:
+        """The batch to acknowledge next, and the position that it ends at; None if that is not known, and the
+        session cannot be resumed. Without acknowledgements the number means nothing."""
+        if not self.kept.ack:
+            return NOTHING_YET, self.position
+        if self.position == 0:
+            return NOTHING_YET, 0
+        return self.batch
+
+
+NOTHING_YET = -1
+"""What is acknowledged before the first batch."""
+
+
 class Handshaken(Struct, frozen=True):
     """A new session began: positions count from 1 again. `ack` says whether the server acknowledges."""
 
@@ -165,6 +237,10 @@ class Delivered(Struct, frozen=True):
     """Channel and exact bytes of each."""
     redelivered: int = 0
     odd: tuple[tuple[str, bytes], ...] = ()
+    before: tuple[int, int] | None = None
+    """The batch that was whole before these messages, as `calls.Heard.batch` has it."""
+    batch: tuple[int, int] | None = None
+    """The batch that is whole with the last of them; None where its number is not known yet."""
 
 
 class Gap(Struct, frozen=True):
@@ -288,6 +364,8 @@ class Session:
         "_committed",
         "_connecting",
         "_cursor",
+        "_early",
+        "_early_bytes",
         "_failing_since",
         "_failures",
         "_first_connect",
@@ -309,13 +387,16 @@ class Session:
         "_offered",
         "_polling_old",
         "_refusals",
+        "_relogin",
         "_resubscribe_at",
+        "_resuming",
         "_server_timeout_s",
         "_stopped",
         "_subscribed",
         "_unanswered",
         "_vain",
         "_vouched",
+        "_whole",
         "ack",
         "client_id",
         "connection_type",
@@ -362,6 +443,11 @@ class Session:
         self._acknowledged_position = 0
         self._committed = 0
         self._cursor = 0
+        self._whole: tuple[int, int] | None = None
+        self._early: list[tuple[_Reply | None, bytes]] = []
+        self._early_bytes = 0
+        self._resuming = 0
+        self._relogin = False
         self._not_before = 0.0
         self._last_contact = now
         self._vouched = now
@@ -428,6 +514,39 @@ class Session:
     def login_first(self) -> None:
         """Authenticate before anything else is sent."""
         self._login_due = True
+
+    def resume(self, saved: Saved, *, attempts_max: int | None = None, login_first: bool = False) -> None:
+        """Go on with a session of an earlier run; call it before anything is asked, for one that has
+        `resumes_at`.
+
+        `Unbroken` (or `Resumed`, without acknowledgements) says that the server still had it; `Gap` with the
+        cause "session lost" that it had not, and then another one begins: after a login, with `login_first`.
+        When `attempts_max` connects brought no answer, it is given up too.
+        """
+        kept, place = saved.kept, saved.resumes_at
+        if place is None:
+            raise ValueError("this session cannot be resumed: it is not known what to acknowledge")
+        self.client_id, self.ack, self.connection_type = kept.client_id, kept.ack, kept.connection_type
+        self.server_connection_types = (kept.connection_type,)
+        self._subscribed.update(kept.channels)
+        if kept.max_interval_s is not None:
+            self._max_interval_s = kept.max_interval_s
+        number, position = place
+        self._acknowledged = None if number == NOTHING_YET else number
+        self.position = self._cursor = self._committed = self._acknowledged_position = position
+        self._whole = place if kept.ack else None
+        self._resuming = -1 if attempts_max is None else attempts_max
+        self._relogin = login_first
+
+    @property
+    def durable(self) -> bool:
+        """Whether everything that was delivered in the present session is committed."""
+        return self._committed >= self.position
+
+    @property
+    def max_interval_s(self) -> float | None:
+        """How long the server keeps a silent session, if it has said so."""
+        return None if self._max_interval_s == float("inf") else self._max_interval_s
 
     def logged_in(self) -> None:
         """The login that `Login` asked for succeeded."""
@@ -506,7 +625,7 @@ class Session:
         if hold_s < self._server_timeout_s:
             message["advice"] = {"timeout": round(hold_s * 1000)}
         if self.ack:
-            message["ext"] = {"ack": -1 if self._acknowledged is None else self._acknowledged}
+            message["ext"] = {"ack": NOTHING_YET if self._acknowledged is None else self._acknowledged}
             self._cursor = self._acknowledged_position
             self._polling_old = waiting
         self._connecting = True
@@ -543,15 +662,32 @@ class Session:
                 self._replied(item, now, facts)  # first: what comes with it is the new session's
             else:
                 replies.append(item)
-        if messages:
-            self._take(messages, facts)
+        closed = any(reply.channel == CONNECT for reply in replies)
+        if self._connecting and self.ack and not closed:
+            # Frames of a websocket, whose batch has no number before the reply comes in one of its own.
+            self._early += messages
+            self._early_bytes += sum(len(raw) for _, raw in messages)
+            if self._early_bytes > EARLY_BYTES_MAX:
+                self._take_early(facts)
+        else:
+            messages, self._early, self._early_bytes = [*self._early, *messages], [], 0
+            if messages:
+                self._take(messages, facts, _batch_number(replies))
         # Data before these: the number in a connect's reply covers the data that came with it.
         for reply in replies:
             self._replied(reply, now, facts)
         return facts
 
-    def _take(self, messages: list[tuple[_Reply | None, bytes]], facts: list[Fact]) -> None:
-        """Tells what is new among these, each with its position."""
+    def _take_early(self, facts: list[Fact]) -> None:
+        """Tells what came before its reply, without the number: the next delivery has one again."""
+        early, self._early, self._early_bytes = self._early, [], 0
+        if early:
+            self._take(early, facts, None)
+
+    def _take(
+        self, messages: list[tuple[_Reply | None, bytes]], facts: list[Fact], number: int | None
+    ) -> None:
+        """Tells what is new among these, each with its position; `number` is that of their batch."""
         new: list[tuple[str, bytes]] = []
         odd: list[tuple[str, bytes]] = []
         first = self.position + 1
@@ -566,10 +702,14 @@ class Session:
                     redelivered += 1
             elif item is None or item.data is not UNSET or item.successful is None:
                 odd.append((channel, raw))
+        before = batch = None
         if new:
             self._fruitful = True
+            # An older one would be taken for true of these too, and messages for repetitions: rather none.
+            batch = (number, self.position) if self.ack and number is not None else None
+            before, self._whole = self._whole, batch
         if new or odd or redelivered:
-            facts.append(Delivered(first, new, redelivered, tuple(odd)))
+            facts.append(Delivered(first, new, redelivered, tuple(odd), before, batch))
 
     def _replied(self, reply: _Reply, now: float, facts: list[Fact]) -> None:
         self._malformed = 0
@@ -622,6 +762,8 @@ class Session:
         self.ack = isinstance(ext, dict) and bool(ext.get("ack"))
         self.position = self._cursor = self._committed = self._acknowledged_position = 0
         self._acknowledged = None
+        self._whole = (NOTHING_YET, 0) if self.ack else None
+        self._resuming = 0
         self._batches.clear()
         self._subscribed.clear()
         self._resubscribe_at.clear()
@@ -642,10 +784,13 @@ class Session:
             self._rejected(reply, now, facts, otherwise="retry")
             return
         self._vouched = self._asked_at
+        self._resuming = 0
         if self.ack and not self._polling_old:
             number = reply.ext.get("ack") if isinstance(reply.ext, dict) else None
             if number is not None and self._cursor > self._acknowledged_position:
                 self._batches.append((number, self._cursor))
+                if self._whole is None and self._cursor == self.position and _storable(number):
+                    self._whole = (number, self.position)
         self._polling_old = False
         self._first_connect = False
         lasts = now - self._handshaken_at >= self.limits.lasting_s
@@ -738,10 +883,12 @@ class Session:
     def failed(self, failure: Failure, detail: str, now: float) -> list[Fact]:
         """The last `Send` or `Login` brought no answer that can be used; `detail` is for a person."""
         facts: list[Fact] = []
+        self._take_early(facts)
         if self._goodbye:
             self._stopped = True
             return facts
         self._unanswered.clear()
+        tried = self._connecting and self._resuming > 0
         if self._connecting and self._may_be_held and now - self._asked_at >= self.limits.lasting_s:
             self._recovered()  # it was held, so the connection had been good
         self._connecting = False
@@ -755,8 +902,11 @@ class Session:
         elif self._malformed >= self.limits.malformed_max:
             self._malformed = 0
             self._lose_session("malformed", detail, facts)
+        elif tried and self._resuming == 1:
+            self._lose_session("session lost", f"too old to be tried again: {detail}", facts)
         else:
             self._begin_gap("disconnected", detail, facts)
+        self._resuming -= tried
         self._back_off(now)
         return facts
 
@@ -784,7 +934,11 @@ class Session:
 
     def _lose_session(self, cause: str, detail: str, facts: list[Fact]) -> None:
         """The session is gone, and with it what the server had not sent yet."""
+        self._take_early(facts)
         had = self.client_id is not None
+        if self._resuming:
+            self._resuming = 0
+            self._login_due = self._login_due or self._relogin
         self.client_id = None
         self._subscribed.clear()
         self._connecting = False
@@ -848,6 +1002,20 @@ def _in_queue(item: _Reply | None, raw: bytes) -> bool:
     if item is None:
         return raw[:1] == b"{" and b'"/meta/' not in raw
     return bool(item.channel) and (item.data is not UNSET or item.successful is None)
+
+
+def _batch_number(replies: list[_Reply]) -> int | None:
+    """The number of the batch that an answer closes, if it closes one and the number can be stored."""
+    for reply in replies:
+        if reply.channel == CONNECT and reply.successful is not False and isinstance(reply.ext, dict):
+            number = reply.ext.get("ack")
+            return number if _storable(number) else None
+    return None
+
+
+def _storable(number: Any) -> bool:
+    """Whether it is a number as CometD counts batches, and a column can hold it; 0 and below mean none."""
+    return isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**63
 
 
 def _seconds(milliseconds: Any) -> float | None:

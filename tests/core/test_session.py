@@ -8,6 +8,7 @@ at all, then one that keeps CometD's promises while the network keeps none.
 import json
 from collections import deque
 from collections.abc import Callable
+from datetime import UTC, datetime
 from itertools import pairwise, product
 from typing import Any
 
@@ -21,19 +22,23 @@ from listener.core.session import (
     CONNECT,
     DEFAULT_LIMITS,
     DISCONNECT,
+    EARLY_BYTES_MAX,
     HANDSHAKE,
     LONG_POLLING,
     SUBSCRIBE,
     WEBSOCKET,
+    Cookie,
     Delivered,
     Fact,
     Failure,
     Gap,
     Handshaken,
+    Kept,
     Limits,
     Login,
     Refused,
     Resumed,
+    Saved,
     Send,
     Session,
     Sleep,
@@ -197,7 +202,7 @@ def test_a_batch_is_acknowledged_only_after_its_commit() -> None:
     """What was delivered stays the server's to keep until it is durable here."""
     script = opened()
     told = script.polls(call(1), call(2), ack=2)
-    assert told == [Delivered(1, [(CALLS, call(1)), (CALLS, call(2))])]
+    assert told == [Delivered(1, [(CALLS, call(1)), (CALLS, call(2))], before=(-1, 0), batch=(2, 2))]
 
     assert isinstance(script.session.next(script.now), Sleep)
     script.commits(2)
@@ -301,8 +306,8 @@ def test_a_lost_reply_is_repeated_and_counts_once() -> None:
     """The connection is cut after the data and before the number: the server sends both again."""
     script = opened()
     script.sends(CONNECT)
-    assert seqs(script.pushes(call(1), call(1))) == [1, 1]
-    script.fails()
+    assert script.pushes(call(1), call(1)) == []
+    assert seqs(script.fails()) == [1, 1]
     script.rests()
 
     told = script.polls(call(1), call(1), call(3), ack=3)
@@ -319,8 +324,8 @@ def test_several_lost_replies_in_a_row() -> None:
     got: list[int] = []
     for upto in (2, 3, 5):
         script.sends(CONNECT, ext={"ack": -1})
-        got += seqs(script.pushes(*map(call, range(1, upto + 1))))
-        script.fails()
+        assert script.pushes(*map(call, range(1, upto + 1))) == []
+        got += seqs(script.fails())
         script.rests()
     got += seqs(script.polls(*map(call, range(1, 7)), ack=9))
     assert got == [1, 2, 3, 4, 5, 6]
@@ -336,8 +341,8 @@ def test_a_repetition_that_is_cut_short_again() -> None:
     script.fails()
     script.rests()
     script.sends(CONNECT)
-    assert seqs(script.pushes(call(1))) == []
-    script.fails()
+    script.pushes(call(1))
+    assert seqs(script.fails()) == []
     script.rests()
     assert seqs(script.polls(call(1), call(2), call(3), call(4), ack=4)) == [4]
 
@@ -1468,6 +1473,210 @@ def _until_observing(session: Session, now: float) -> float:
     raise AssertionError("not subscribed after 200 steps")
 
 
+# ── Resume ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+KEPT = Kept(
+    stream="5d3f7c1e-3f0e-4c4c-9a51-6d2f4e8f0b11",
+    client_id="c1",
+    ack=True,
+    connection_type=LONG_POLLING,
+    max_interval_s=10.0,
+    channels=(CALLS,),
+    owner="ada at the lab",
+    cookies=(),
+    token=(),
+)
+
+
+def resumed(
+    *, position: int = 5, batch: tuple[int, int] | None = (3, 5), ack: bool = True, **how: Any
+) -> Playbook:
+    """A conversation that goes on with a session of an earlier run."""
+    script = Playbook()
+    kept = msgspec.structs.replace(KEPT, ack=ack)
+    script.session.resume(Saved(kept, datetime(2026, 3, 2, tzinfo=UTC), position, batch), **how)
+    return script
+
+
+def test_each_delivery_says_what_makes_it_resumable() -> None:
+    """All but its last message leave the batch before it whole, the last one makes its own."""
+    script = opened()
+    first = only(script.polls(call(1), call(2), ack=2), Delivered)
+    assert (first.before, first.batch) == ((-1, 0), (2, 2))
+    script.commits(2)
+    script.polls(ack=3)
+    second = only(script.polls(call(3), ack=4), Delivered)
+    assert (second.before, second.batch) == ((2, 2), (4, 3))
+
+
+@pytest.mark.parametrize("number", ["7", 7.5, True, 0, -1, 2**63, None, {}])
+def test_a_number_that_no_column_holds_makes_nothing_resumable(number: Any) -> None:
+    """It is acknowledged as it came; but the batch before must not be taken for the present one."""
+    script = opened()
+    script.sends(CONNECT)
+    told = only(script.answers(call(1), ext={"ack": number}), Delivered)
+    assert (told.before, told.batch) == ((-1, 0), None)
+    script.commits(1)
+    script.after(5)
+    told = only(script.polls(call(2), ack=9), Delivered)
+    assert (told.before, told.batch) == (None, (9, 2)) if number is not None else (told.first, told.batch)
+
+
+def test_without_acknowledgements_nothing_has_a_batch() -> None:
+    """Whatever `ext` says."""
+    script = opened(ack=False)
+    told = only(script.polls(call(1), ack=2), Delivered)
+    assert (told.before, told.batch) == (None, None)
+
+
+def test_frames_wait_for_the_number_that_comes_after_them() -> None:
+    """Over a websocket a batch's reply is a frame of its own, the last one."""
+    script = opened()
+    script.sends(CONNECT)
+    assert script.pushes(call(1)) == []
+    assert script.pushes(call(2)) == []
+    told = only(script.answers(ext={"ack": 2}), Delivered)
+    assert (seqs([told]), told.before, told.batch) == ([1, 2], (-1, 0), (2, 2))
+
+
+def test_frames_do_not_wait_beyond_their_bound() -> None:
+    """They are told without a number, and once it has come the next delivery knows of it."""
+    script = opened()
+    script.sends(CONNECT)
+    big = json.dumps({"channel": CALLS, "data": {"seq": 1, "padding": "x" * EARLY_BYTES_MAX}}).encode()
+    told = only(script.pushes(big), Delivered)
+    assert (told.before, told.batch) == ((-1, 0), None)
+    assert only(script.pushes(big), Delivered).batch is None
+    assert script.answers(ext={"ack": 2}) == []
+    script.commits(2)
+    told = only(script.polls(call(3), ack=3), Delivered)
+    assert (told.first, told.before, told.batch) == (3, (2, 2), (3, 3))
+
+
+@pytest.mark.parametrize("how", ["cut", "abandoned", "disconnected", "unknown"])
+def test_frames_are_heard_when_their_number_never_comes(how: str) -> None:
+    """What was heard is told, however the session or its connection ends."""
+    script = opened()
+    script.sends(CONNECT)
+    assert script.pushes(call(1)) == []
+    match how:
+        case "cut":
+            facts = script.fails()
+        case "abandoned":
+            facts = script.session.abandon("stalled", "deaf", script.now)
+        case "disconnected":
+            facts = script.hears([b'{"channel":"/meta/disconnect","successful":true}'])
+        case _:
+            facts = script.refuses("402::session_unknown")
+    assert seqs(facts) == [1]
+    assert kinds(facts)[0] is Delivered
+    assert only(facts, Delivered).batch is None
+
+
+def test_a_session_is_resumed_with_its_first_connect() -> None:
+    """No login, no handshake, no subscription: a connect that does not wait carries what is stored."""
+    script = resumed(login_first=True)
+    script.sends(CONNECT, clientId="c1", ext={"ack": 3}, advice={"timeout": 0})
+    told = script.answers(call(6), call(7), ext={"ack": 9})
+    assert told == [
+        Delivered(6, [(CALLS, call(6)), (CALLS, call(7))], before=(3, 5), batch=(9, 7)),
+        Unbroken(),
+    ]
+    assert script.session.observing
+    assert script.session.position == 7
+    script.commits(7)
+    assert "advice" not in script.sends(CONNECT, ext={"ack": 9}).messages[0]
+
+
+def test_a_session_that_had_heard_nothing_is_resumed() -> None:
+    """Nothing is acknowledged, and positions count from 1."""
+    script = resumed(position=0, batch=None)
+    script.sends(CONNECT, ext={"ack": -1})
+    assert only(script.answers(call(1), ext={"ack": 1}), Delivered).first == 1
+
+
+def test_what_is_stored_of_a_batch_in_part_comes_again_at_its_places() -> None:
+    """The session counts on from the batch; the store leaves out what it has."""
+    script = resumed(position=7, batch=(3, 5))
+    assert only(script.polls(call(6), call(7), call(8), ack=4), Delivered).first == 6
+
+
+def test_a_session_whose_batch_is_not_known_is_not_resumed() -> None:
+    """To acknowledge an old one would number what comes after it wrongly, and lose it."""
+    saved = Saved(KEPT, datetime(2026, 3, 2, tzinfo=UTC), 7, None)
+    assert saved.resumes_at is None
+    with pytest.raises(ValueError, match="cannot be resumed"):
+        Playbook().session.resume(saved)
+
+
+def test_without_acknowledgements_a_session_goes_on_and_says_that_something_may_be_lost() -> None:
+    """Its positions go on from what is stored."""
+    script = resumed(ack=False, position=7, batch=None)
+    assert "ext" not in script.sends(CONNECT, clientId="c1").messages[0]
+    told = script.answers(call(8))
+    assert told == [Delivered(8, [(CALLS, call(8))]), Resumed()]
+
+
+@pytest.mark.parametrize("error", ["402::session_unknown", "401::unknown client", "403:c1:Unknown client"])
+@pytest.mark.parametrize("login_first", [True, False])
+def test_a_session_that_is_gone_is_followed_by_another(error: str, *, login_first: bool) -> None:
+    """As ever: a gap, a login where the server wants one, a handshake, the subscription."""
+    script = resumed(login_first=login_first)
+    script.sends(CONNECT)
+    told = only(script.refuses(error, advice={"reconnect": "handshake"}), Gap)
+    assert (told.since, told.cause) == (T0, "session lost")
+    script.rests()
+    if login_first:
+        script.logs_in()
+        script.session.logged_in()
+    assert kinds(script.opens(client_id="c2")) == [Handshaken, Subscribed]
+    assert only(script.polls(call(1), ack=2), Delivered).first == 1
+
+
+def test_a_server_that_is_away_is_tried_again_with_the_same_session() -> None:
+    """It may only be slow to come back; the session is lost when the server says so."""
+    script = resumed()
+    script.sends(CONNECT, clientId="c1")
+    assert only(script.fails(), Gap).cause == "disconnected"
+    script.rests()
+    script.sends(CONNECT, clientId="c1", ext={"ack": 3})
+    assert script.answers(ext={"ack": 4}) == [Unbroken()]
+
+
+def test_an_old_session_is_tried_once() -> None:
+    """Then another begins, with a login; but where the one attempt succeeds it is as good as any."""
+    script = resumed(attempts_max=1, login_first=True)
+    script.sends(CONNECT, clientId="c1")
+    assert only(script.fails(), Gap).cause == "session lost"
+    script.rests()
+    script.logs_in()
+    script.session.logged_in()
+    script.sends(HANDSHAKE)
+
+    script = resumed(attempts_max=1)
+    assert script.polls(ack=4) == [Unbroken()]
+    script.sends(CONNECT)
+    assert only(script.fails(), Gap).cause == "disconnected"
+
+
+def test_a_channel_that_is_wanted_besides_is_subscribed_after_the_resumption() -> None:
+    """The others are the server's already."""
+    script = resumed()
+    script.session.want(DEVICES)
+    script.polls(ack=4)
+    assert [each["subscription"] for each in script.sends(SUBSCRIBE).messages] == [DEVICES]
+    assert script.answers() == [Subscribed()]
+
+
+def test_what_is_kept_shows_nothing_of_it() -> None:
+    """It is a credential, and `repr` finds its way into logs."""
+    cookie = Cookie("JSESSIONID", "secret", "lab", "/", True, "", "")
+    kept = msgspec.structs.replace(KEPT, client_id="secret", cookies=(cookie,), token=(("X-CSRF", "secret"),))
+    assert "secret" not in repr(Saved(kept, datetime(2026, 3, 2, tzinfo=UTC)))
+    assert "secret" not in repr(cookie)
+
+
 class Server:
     """An acknowledging CometD server in a few lines: a queue of numbered messages, and batches over it.
 
@@ -1505,71 +1714,140 @@ exchanges = st.lists(
         st.integers(0, 3),  # published before
         st.sampled_from(["whole", "request lost", "reply lost", "cut"]),
         st.integers(0, 8),  # after so many data frames the connection is cut
-        st.integers(0, 3),  # commits of what is pending: that many deliveries
+        st.integers(0, 5),  # commits of what is pending: that many messages
         st.booleans(),  # in frames, as over a websocket
+        st.booleans(),  # killed after that, and started again
     ),
     max_size=40,
 )
 
 
-@given(exchanges)
-def test_everything_is_committed_once_and_in_order(script: list[tuple[int, str, int, int, bool]]) -> None:
-    """Against a server that acknowledges, over a network that loses what it likes and a store that takes
-    its time: what the server forgot is durable, and what is durable is all of it, once, in order."""
-    server = Server()
-    book = opened()
-    pending: deque[tuple[list[int], int]] = deque()
-    durable: list[int] = []
+class Stored:
+    """A session, and a store that takes its time: what is durable, and how far, as a stream's row has it."""
 
-    def take(facts: list[Fact]) -> None:
+    def __init__(self) -> None:
+        self.book = opened()
+        self.durable: list[int] = []
+        """The numbers of the messages, in the order of commit."""
+        self.position = 0
+        self.batch: tuple[int, int] | None = None
+        self._pending: deque[tuple[int, int, tuple[int, int] | None, bool]] = deque()
+
+    def take(self, facts: list[Fact]) -> None:
+        """Takes what was delivered."""
         for fact in facts:
             assert not isinstance(fact, Handshaken)
-            if isinstance(fact, Delivered) and fact.messages:
-                pending.append((seqs([fact]), fact.first + len(fact.messages) - 1))
+            if isinstance(fact, Delivered):
+                last = fact.first + len(fact.messages) - 1
+                for place, seq in enumerate(seqs([fact]), start=fact.first):
+                    whole = fact.batch if place == last else fact.before
+                    self._pending.append((seq, place, whole, place == last))
 
-    def commit(deliveries: int) -> None:
-        for _ in range(min(deliveries, len(pending))):
-            numbers, position = pending.popleft()
-            durable.extend(numbers)
-            book.commits(position)
+    def commit(self, messages: int) -> None:
+        """Makes so many durable, each once; a delivery that is durable as a whole is known to be."""
+        for _ in range(min(messages, len(self._pending))):
+            seq, place, whole, last = self._pending.popleft()
+            if place > self.position:
+                self.position, self.batch = place, whole
+                self.durable.append(seq)
+            if last:
+                self.book.commits(place)
 
-    def exchange(fate: str, cut_after: int, *, frames: bool) -> None:
-        action = book.session.next(book.now)
+    def restart(self) -> bool:
+        """Loses what is not durable, and goes on with the session; False where that cannot be."""
+        saved = Saved(KEPT, datetime(2026, 3, 2, tzinfo=UTC), self.position, self.batch)
+        if saved.resumes_at is None:
+            return False
+        self._pending.clear()
+        self.book = Playbook()
+        self.book.session.resume(saved)
+        return True
+
+    def exchange(self, server: Server, fate: str, cut_after: int, *, frames: bool) -> None:
+        """One connect, or a rest."""
+        action = self.book.session.next(self.book.now)
         if isinstance(action, Sleep):
-            book.now = action.until
+            self.book.now = action.until
             return
         assert isinstance(action, Send)
         assert action.channel == CONNECT
-        book.sent = action
-        book.now += 0.01
+        self.book.sent = action
+        self.book.now += 0.01
         if fate == "request lost":
-            take(book.fails())
+            self.take(self.book.fails())
             return
         data, number = server.connect(action.messages[0]["ext"]["ack"])
-        assert server.forgotten <= len(durable), "the server forgot what is not durable"
+        assert server.forgotten <= len(self.durable), "the server forgot what is not durable"
         if fate == "reply lost":
-            take(book.fails())
+            self.take(self.book.fails())
         elif fate == "cut":
             for item in data[:cut_after]:
-                take(book.pushes(item))
-            take(book.fails())
+                self.take(self.book.pushes(item))
+            self.take(self.book.fails())
         elif frames:
             for item in data:
-                take(book.pushes(item))
-            take(book.answers(ext={"ack": number}))
+                self.take(self.book.pushes(item))
+            self.take(self.book.answers(ext={"ack": number}))
         else:
-            take(book.answers(*data, ext={"ack": number}))
+            self.take(self.book.answers(*data, ext={"ack": number}))
 
-    for published, fate, cut_after, commits, frames in script:
+
+@given(exchanges)
+def test_everything_is_committed_once_and_in_order(
+    script: list[tuple[int, str, int, int, bool, bool]],
+) -> None:
+    """Against a server that acknowledges, over a network that loses what it likes and a store that takes
+    its time, killed at any moment and resumed with what the store has, if that can be: what the server
+    forgot is durable, and what is durable is all of it, once, in order."""
+    server = Server()
+    stored = Stored()
+    for published, fate, cut_after, commits, frames, killed in script:
         server.publish(published)
-        exchange(fate, cut_after, frames=frames)
-        commit(commits)
+        stored.exchange(server, fate, cut_after, frames=frames)
+        stored.commit(commits)
+        if killed:
+            stored.restart()
 
     for _ in range(10):
-        exchange("whole", 0, frames=False)
-        commit(len(pending))
-    assert durable == list(range(1, server.published + 1))
+        stored.exchange(server, "whole", 0, frames=False)
+        stored.commit(server.published)
+    assert stored.durable == list(range(1, server.published + 1))
     assert not server.queue
+
+
+@pytest.mark.parametrize("kills", [1, 2, 3])
+def test_a_kill_at_any_point_of_any_delivery_leaves_the_session_resumable(kills: int) -> None:
+    """Over long-polling, after each message that may have been the last to become durable."""
+    for committed in product(range(4), repeat=kills):
+        server, stored = Server(), Stored()
+        for durable in committed:
+            server.publish(3)
+            for _ in range(2):
+                stored.exchange(server, "whole", 0, frames=False)
+                stored.commit(durable)
+            assert stored.restart()
+        for _ in range(6):
+            stored.exchange(server, "whole", 0, frames=False)
+            stored.commit(server.published)
+        assert stored.durable == list(range(1, server.published + 1))
+
+
+def test_what_was_heard_without_its_number_makes_no_session_resumable() -> None:
+    """Its batch is acknowledged when it has come again, and nothing is stored then: who took an older batch
+    for the last one would take the next messages for these."""
+    server, stored = Server(), Stored()
+    server.publish(2)
+    stored.exchange(server, "cut", 2, frames=True)
+    stored.commit(2)
+    for _ in range(3):
+        stored.exchange(server, "whole", 0, frames=False)
+    assert server.forgotten == 2
+    assert not stored.restart()
+
+    server.publish(1)
+    stored.exchange(server, "whole", 0, frames=False)
+    stored.commit(1)
+    assert stored.restart()
 
 
 def test_the_model_notices_an_early_acknowledgement() -> None:
