@@ -368,6 +368,9 @@ class Cover(Struct, frozen=True, gc=False):
     account: int
     at: datetime
     cause: str = ""
+    withdraws: bool = False
+    """A session that was observed until `at` goes on, and its server kept everything: the gaps since then
+    were none. The only way in which coverage takes back what it said."""
 
 
 GAP_CAUSES = frozenset(

@@ -13,19 +13,22 @@ another in a circle, and the ids of one account's notifications rise in the orde
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
+from types import MappingProxyType
 from typing import Self
 
 import asyncpg
 from msgspec import Struct
 
 from listener.core.calls import Call, Cover, Entry, Recorded
+from listener.core.session import Saved
 from listener.errors import StoreError
 from listener.store import batch, ledger, migrate
+from listener.store import sessions as bayeux
 from listener.store.batch import Outdated, Recollection, RefusedValue, Written
-from listener.store.connect import CONNECT_S_MAX, Connection, classified, microseconds, speak_plainly
+from listener.store.connect import CONNECT_S_MAX, Connection, classified, microseconds, moment, speak_plainly
 from listener.store.ledger import Ledger
 
 WRITER = "listener_writer"
@@ -72,6 +75,10 @@ class _Ids:
         self._used = max(self._used, last)
         if last >= self._next:
             self._next = min(last + 1, self._end)
+
+
+NO_SESSIONS: Mapping[int, Saved | None] = MappingProxyType({})
+"""No session changed."""
 
 
 class AccountRow(Struct, frozen=True):
@@ -170,11 +177,12 @@ class Journal:
 
     async def retire(self, accounts: Iterable[int], at: datetime) -> None:
         """The accounts are not listened to any more; what was heard stays. Their coverage ends at `at`."""
-        ids, moment = sorted(set(accounts)), microseconds(at)
+        ids, ended_at = sorted(set(accounts)), microseconds(at)
         async with self._transaction() as connection:
             await _lock(connection, ids)
-            await connection.execute("UPDATE account SET removed_at = $2 WHERE id = ANY($1)", ids, moment)
-            await connection.execute(ledger.END, ids, moment)
+            await connection.execute("UPDATE account SET removed_at = $2 WHERE id = ANY($1)", ids, ended_at)
+            await connection.execute(ledger.END, ids, ended_at)
+            await connection.execute(bayeux.FORGET, ids)
 
     # ── messages ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -251,28 +259,42 @@ class Journal:
 
     # ── coverage ──────────────────────────────────────────────────────────────────────────────────────
 
-    async def cover(self, covers: Sequence[Cover]) -> None:
+    async def cover(
+        self, covers: Sequence[Cover], sessions: Mapping[int, Saved | None] = NO_SESSIONS
+    ) -> None:
         """From each moment on, that account is observed, or is not and why; in order, for each account.
 
         What says nothing new changes nothing. A moment before the present row began counts as its beginning:
-        coverage is told forwards, and what it said about the past stays said.
+        coverage is told forwards, and what it said about the past stays said; but for a turn that `withdraws`
+        the gaps since its moment. `sessions` are those that can be resumed from now on; None forgets one.
         """
-        accounts = sorted({cover.account for cover in covers})
+        accounts = sorted({cover.account for cover in covers} | set(sessions))
+        withdrawn = {cover.account: place for place, cover in enumerate(covers) if cover.withdraws}
+        before: list[Cover] = []
+        after: list[Cover] = []
+        for place, cover in enumerate(covers):
+            (before if place < withdrawn.get(cover.account, len(covers)) else after).append(cover)
         async with self._transaction() as connection:
             await _lock(connection, accounts)
-            end = await Ledger.read(connection, accounts)
-            for cover in covers:
-                end.turn(cover.account, microseconds(cover.at), cover.cause)
-            await end.write(connection)
+            await _turn(connection, before)
+            if withdrawn:
+                moments = [microseconds(covers[place].at) for place in withdrawn.values()]
+                await connection.execute(ledger.WITHDRAW, list(withdrawn), moments)
+                await _turn(connection, after)
+            await bayeux.write(connection, sessions)
 
     async def heartbeat(self, accounts: Iterable[int], at: datetime) -> None:
         """Those of the accounts that are observed were so at `at`: what a crash afterwards leaves known."""
         async with self._transaction() as connection:
             await connection.execute(ledger.HEARTBEAT, list(accounts), microseconds(at))
 
-    async def resume_coverage(self, accounts: Iterable[int], at: datetime) -> None:
+    async def resume_coverage(self, accounts: Iterable[int], at: datetime) -> dict[int, datetime]:
         """At a start: nothing is observed yet. Where a crash left an account "observed", that ended when it
-        was last known to be (its heartbeat, or a notification committed after it), and a gap began."""
+        was last known to be (its heartbeat, or a notification committed after it), and a gap began.
+
+        Gives the accounts whose gap is the restart's alone, and since when it lasts: should their session go
+        on, and its server have kept everything, a `Cover` from then on withdraws that gap.
+        """
         ids = sorted(set(accounts))
         async with self._transaction() as connection:
             await _lock(connection, ids)
@@ -281,6 +303,12 @@ class Journal:
             for account in ids:
                 end.resume(account, microseconds(at), heard_at[account])
             await end.write(connection)
+            return {row[0]: moment(row[1]) for row in await connection.fetch(ledger.OBSERVED_UNTIL, ids)}
+
+    async def kept_sessions(self, accounts: Iterable[int]) -> dict[int, Saved]:
+        """The sessions that a start may go on with, and how far their messages are stored."""
+        async with self._connection() as connection:
+            return await bayeux.read(connection, sorted(set(accounts)))
 
     # ── connections ───────────────────────────────────────────────────────────────────────────────────
 
@@ -300,6 +328,10 @@ class Journal:
         except (RefusedValue, Outdated):
             raise
         except Exception as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                # The driver may answer a cancellation with the failure of the connection that it broke.
+                raise asyncio.CancelledError from error
             raise classified(error) or error from error
 
     @asynccontextmanager
@@ -323,6 +355,14 @@ async def _lock(connection: Connection, accounts: list[int]) -> None:
     """Hold the accounts' rows until the transaction ends; in order, so that no two wait in a circle."""
     if await connection.fetchval(_LOCK, accounts) != len(accounts):
         raise StoreError("An account is not in the database: register the accounts first.")
+
+
+async def _turn(connection: Connection, covers: Sequence[Cover]) -> None:
+    """Write these turns of coverage, in order; under the lock of their accounts."""
+    end = await Ledger.read(connection, sorted({cover.account for cover in covers}))
+    for cover in covers:
+        end.turn(cover.account, microseconds(cover.at), cover.cause)
+    await end.write(connection)
 
 
 async def _touch(connection: Connection, entries: Sequence[Entry]) -> dict[int, int]:

@@ -2,7 +2,9 @@
 
 The rows of an account stand end to end; the last one is open and says what is true now. `Ledger` is given the
 last row of some accounts, is told what happened since, and writes what follows: it closes a row and begins
-the next, and never touches what was said before. The database refuses a second open row and any overlap.
+the next, and never touches what was said before, but in one case: a session that goes on after a restart,
+and whose server kept everything, makes the gap of the restart none (`WITHDRAW`). The database refuses a
+second open row and any overlap.
 
 Moments are microseconds here (`listener.store.connect.microseconds`).
 """
@@ -80,12 +82,41 @@ _LAST = """
     WHERE account_id = ANY($1) ORDER BY account_id, since DESC, id DESC"""
 
 _CLOSE = """
-    UPDATE coverage c SET until = n.until
+    UPDATE coverage c
+    SET until = n.until, seen_at = CASE WHEN c.seen_at > n.until THEN n.until ELSE c.seen_at END
     FROM unnest($1::bigint[], $2::timestamptz[]) AS n (id, until) WHERE c.id = n.id"""
 
 _ADD = """
     INSERT INTO coverage (account_id, since, until, cause, seen_at) SELECT * FROM
     unnest($1::integer[], $2::timestamptz[], $3::timestamptz[], $4::text[], $5::timestamptz[])"""
+
+WITHDRAW = """
+    UPDATE coverage c SET since = w.at, until = w.at
+    FROM (
+        SELECT n.account_id, greatest(n.at, o.until) AS at
+        FROM unnest($1::integer[], $2::timestamptz[]) AS n (account_id, at)
+        CROSS JOIN LATERAL (
+            SELECT until FROM coverage WHERE account_id = n.account_id AND cause = ''
+            ORDER BY since DESC, id DESC LIMIT 1
+        ) AS o
+        WHERE o.until IS NOT NULL
+    ) AS w
+    WHERE c.account_id = w.account_id AND c.since >= w.at AND c.cause <> ''"""
+"""The sessions that observed these accounts until then go on: the gaps since then lasted no time. What was
+observed is not touched, nor are the gaps before it."""
+
+OBSERVED_UNTIL = """
+    SELECT n.account_id, o.until
+    FROM unnest($1::integer[]) AS n (account_id)
+    CROSS JOIN LATERAL (
+        SELECT until FROM coverage WHERE account_id = n.account_id AND cause = ''
+        ORDER BY since DESC, id DESC LIMIT 1
+    ) AS o
+    WHERE o.until IS NOT NULL AND NOT EXISTS (
+        SELECT FROM coverage g WHERE g.account_id = n.account_id AND g.since >= o.until
+        AND g.until IS DISTINCT FROM g.since AND g.cause NOT IN ('', 'stopped', 'not started'))"""
+"""The accounts of which nothing but a stop or a crash, and no other gap, says that they are not observed; and
+until when they were."""
 
 LAST_HEARD = "SELECT id, heard_at FROM account WHERE id = ANY($1)"
 """When a message of each account was last committed."""

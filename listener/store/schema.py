@@ -175,6 +175,12 @@ call = Table(
     Index("ix_call_account_id_opened_at_id", "account_id", "opened_at", "id"),
     # The live calls: at a start, for a snapshot, on the board. Small, whatever the history.
     Index("ix_call_open", "account_id", postgresql_where=text("ended_at IS NULL AND settled IS NULL")),
+    # Those that ended and wait for the end of their wrap-up. As small.
+    Index(
+        "ix_call_unsettled",
+        "ended_at",
+        postgresql_where=text("ended_at IS NOT NULL AND settled IS NULL"),
+    ),
     # The legs of one interaction.
     Index("ix_call_call_uuid", "call_uuid"),
     # A number, whole or by its last digits: the other party, our own, and the one that was dialled.
@@ -281,6 +287,22 @@ coverage = Table(
     # The heartbeat rewrites every open row.
     postgresql_with={"fillfactor": 50},
     comment="Whether an account was observed (cause empty), or why not; `until` NULL is now.",
+)
+
+bayeux_session = Table(
+    "bayeux_session",
+    metadata,
+    Column("account_id", Integer, ForeignKey("account.id"), primary_key=True, autoincrement=False),
+    Column("stream_id", Uuid, nullable=False),
+    _words("client_id"),
+    Column("acknowledges", Boolean, nullable=False),
+    _words("connection_type"),
+    Column("max_interval_s", Double),
+    Column("channels", ARRAY(Text), nullable=False),
+    _words("owner"),
+    Column("credentials", JSON, nullable=False),
+    _moment("saved_at"),
+    comment="What a restart goes on with. A credential: only the writer reads it; gone when its session is.",
 )
 
 

@@ -221,6 +221,20 @@ TABLES = (
     ) WITH (fillfactor = 50)""",
     "CREATE INDEX ix_coverage_account_id_since ON coverage (account_id, since)",
     "CREATE UNIQUE INDEX uq_coverage_open ON coverage (account_id) WHERE until IS NULL",
+    """
+    CREATE TABLE bayeux_session (
+        account_id integer CONSTRAINT pk_bayeux_session PRIMARY KEY
+            CONSTRAINT fk_bayeux_session_account_id_account REFERENCES account,
+        stream_id uuid NOT NULL,
+        client_id text NOT NULL,
+        acknowledges boolean NOT NULL,
+        connection_type text NOT NULL,
+        max_interval_s double precision,
+        channels text[] NOT NULL,
+        owner text NOT NULL,
+        credentials json NOT NULL,
+        saved_at timestamptz NOT NULL
+    )""",
 )
 
 COMMENTS = {
@@ -233,7 +247,13 @@ COMMENTS = {
     "change": "One field of one call went from before to after. NULL is absence.",
     "anomaly": "Something odd about a message or a call, recorded and never refused.",
     "coverage": "Whether an account was observed (cause empty), or why not; `until` NULL is now.",
+    "bayeux_session": (
+        "What a restart goes on with. A credential: only the writer reads it; gone when its session is."
+    ),
 }
+
+SECRET = ("bayeux_session",)
+"""Tables that nobody but the writer may read."""
 
 OURS = "listener_reserve_ids(bigint), listener_ensure_partitions(integer), listener_expect(boolean)"
 
@@ -359,7 +379,8 @@ GRANTS = (
     GRANT SELECT, INSERT, UPDATE ON account, stream, call, call_alias, participant, coverage
         TO listener_writer""",
     "GRANT SELECT ON alembic_version TO listener_writer, listener_auditor",
-    f"GRANT SELECT ON {', '.join(COMMENTS)} TO listener_auditor",
+    f"GRANT SELECT, INSERT, UPDATE, DELETE ON {', '.join(SECRET)} TO listener_writer",
+    f"GRANT SELECT ON {', '.join(name for name in COMMENTS if name not in SECRET)} TO listener_auditor",
     f"GRANT SELECT ON {', '.join(VIEWS)} TO listener_reader, listener_auditor",
 )
 

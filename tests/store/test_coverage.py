@@ -137,6 +137,72 @@ async def test_after_a_crash_observed_ends_where_it_was_last_known(
     assert await rows(sql, 2) == [(0, 15, ""), (15, None, "not started")]
 
 
+async def test_a_session_that_goes_on_withdraws_the_gap_of_a_stop(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """The server kept everything: the account was observed all the time, and the database says nothing else.
+    The next stop is as any."""
+    await journal.cover([Cover(1, at(0)), Cover(2, at(0)), Cover(1, at(50), "stopped")])
+    await journal.heartbeat([2], at(40))
+
+    since = await journal.resume_coverage([1, 2], at(60))
+    assert since == {1: at(50), 2: at(40)}
+    await journal.cover([Cover(account, until, withdraws=True) for account, until in since.items()])
+
+    assert await rows(sql, 1) == [(0, 50, ""), (50, 50, "stopped"), (50, None, "")]
+    assert await rows(sql, 2) == [(0, 40, ""), (40, 40, "not started"), (40, None, "")]
+    await journal.cover([Cover(1, at(70), "stopped")])
+    assert await journal.resume_coverage([1, 2], at(80)) == {1: at(70), 2: at(40)}
+
+
+async def test_a_gap_of_several_restarts_is_withdrawn_whole(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """A crash, and a stop before the session was reached: two rows, and both were none."""
+    await journal.cover([Cover(1, at(0))])
+    await journal.resume_coverage([1], at(10))
+    await journal.cover([Cover(1, at(20), "stopped")])
+
+    assert await journal.resume_coverage([1], at(30)) == {1: at(0)}
+    await journal.cover([Cover(1, at(0), withdraws=True), Cover(1, at(35), "disconnected")])
+
+    assert [row for row in await rows(sql) if row[0] != row[1]] == [(0, 35, ""), (35, None, "disconnected")]
+    found = await rows(sql)
+    assert [row[0] for row in found[1:]] == [row[1] for row in found[:-1]]
+
+
+@pytest.mark.parametrize("cause", ["session lost", "disconnected", "stalled", "subscription refused"])
+async def test_a_gap_with_another_cause_than_the_restart_stays(
+    cause: str, journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """The session that is kept was not observed when it stopped: only from its snapshot on it will be."""
+    await journal.cover([Cover(1, at(0)), Cover(1, at(5), cause), Cover(1, at(9), "stopped")])
+    assert await journal.resume_coverage([1], at(20)) == {}
+
+
+async def test_an_account_that_was_never_observed_has_nothing_to_withdraw(journal: Journal) -> None:
+    """Nor has one that is observed."""
+    assert await journal.resume_coverage([1], at(0)) == {}
+    assert await journal.resume_coverage([1], at(1)) == {}
+
+
+async def test_nothing_but_the_last_gaps_can_be_withdrawn(journal: Journal, sql: asyncpg.Connection) -> None:
+    """Whoever asks for more gets no more: what was observed, and the gaps before it, stay."""
+    before = [Cover(1, at(0), "not started"), Cover(1, at(5)), Cover(1, at(50), "stopped")]
+    await journal.cover([*before, Cover(1, at(60)), Cover(1, at(70), "stopped"), Cover(2, at(0))])
+
+    await journal.cover([Cover(1, at(1), withdraws=True), Cover(2, at(0), withdraws=True)])
+
+    assert [row for row in await rows(sql) if row[0] != row[1]] == [
+        (0, 5, "not started"),
+        (5, 50, ""),
+        (50, 60, "stopped"),
+        (60, 70, ""),
+        (70, None, ""),
+    ]
+    assert await rows(sql, 2) == [(0, None, "")]
+
+
 async def test_a_gap_goes_on_over_a_restart(journal: Journal, sql: asyncpg.Connection) -> None:
     """A daemon that stopped in order said so; its start adds nothing, and an account never seen begins."""
     await journal.cover([Cover(1, at(0)), Cover(1, at(5), "stopped")])

@@ -12,6 +12,9 @@ from listener.store.history import History
 from listener.store.journal import AccountRow, Journal
 from tests.store.line import Line
 
+SECRET = "bayeux_session"
+"""The table that only the writer may read; it may delete what is over, too."""
+
 VIEWS = ("report_calls", "report_changes", "report_notifications", "report_anomalies", "report_coverage")
 
 
@@ -45,8 +48,10 @@ async def test_the_writer_cannot_change_what_happened(
         await as_role(sql, "listener_writer", statement.format(table, key, key))
 
 
-@pytest.mark.parametrize("table", [table.name for table in schema.metadata.sorted_tables])
-async def test_the_writer_deletes_nothing_at_all(
+@pytest.mark.parametrize(
+    "table", [table.name for table in schema.metadata.sorted_tables if table.name != SECRET]
+)
+async def test_the_writer_deletes_nothing_that_happened(
     table: str, filled: Journal, sql: asyncpg.Connection
 ) -> None:
     """Erasure is somebody else's business."""
@@ -89,7 +94,18 @@ async def test_numbers_in_the_views_are_masked(filled: Journal, sql: asyncpg.Con
         assert await sql.fetchval("SELECT number_masked FROM report_calls") == masked
 
 
-@pytest.mark.parametrize("table", [table.name for table in schema.metadata.sorted_tables])
+@pytest.mark.parametrize("role", ["listener_reader", "listener_auditor"])
+async def test_a_session_is_the_writers_alone(role: str, filled: Journal, sql: asyncpg.Connection) -> None:
+    """It is a credential: whoever reads it can take the session over."""
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await as_role(sql, role, f"SELECT * FROM {SECRET}")  # noqa: S608 - names of ours
+    for statement in ("SELECT * FROM {}", "DELETE FROM {}", "UPDATE {} SET client_id = ''"):
+        await as_role(sql, "listener_writer", statement.format(SECRET))
+
+
+@pytest.mark.parametrize(
+    "table", [table.name for table in schema.metadata.sorted_tables if table.name != SECRET]
+)
 async def test_the_auditor_sees_everything_and_changes_nothing(
     table: str, filled: Journal, sql: asyncpg.Connection
 ) -> None:
