@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import event
 
@@ -389,6 +389,8 @@ _ROWS = st.lists(
 
 @given(_ROWS, _MOMENTS, _MOMENTS, _MOMENTS, st.none() | _MOMENTS)
 @example([(0, 9, "x"), (3, 20, ""), (4, 4, "stalled")], 5, 15, 0, None)
+@example([(1, 4, ""), (6, 9, "")], 0, 12, 0, 11)
+@settings(max_examples=500, derandomize=True, deadline=None)
 def test_percent_and_gaps_are_exactly_the_period(
     rows: list[tuple[int, int, str]], since: int, until: int, existed: int, removed: int | None
 ) -> None:
