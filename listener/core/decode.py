@@ -64,6 +64,12 @@ NAME_BYTES_MAX = 2048
 """A longer id or number fits no index (PostgreSQL's btree: 2704 bytes an entry), and is known by its digest.
 No server has a reason to send one; but a call must not be hidden by it."""
 
+PARTICIPANTS_MAX = 1000
+"""Of more participants the first ones count: a message has room for millions, each of them a row."""
+
+USER_DATA_KEYS_MAX = 10_000
+"""Attached data with more keys is not read, since each of them would be a row in the call's history."""
+
 NAME_CHARS_SHOWN = 40
 """What is left of it to be read."""
 
@@ -164,12 +170,12 @@ def decode(raw: bytes, channel: str = "") -> Decoded:
         if not (b"\\" in raw and b"\\u0000" in raw):
             try:
                 decoded = _interpret(_QUICK.decode(raw), channel, [])
-                # A short message has no long names.
-                return decoded if len(raw) <= NAME_BYTES_MAX else _named_shortly(decoded)
+                # A short message has neither long names nor many participants or keys.
+                return decoded if len(raw) <= NAME_BYTES_MAX else _within_bounds(decoded)
             except (msgspec.MsgspecError, UnicodeError, _Unstorable):
                 pass  # not without a loss: it is read again, patiently
         oddities: list[Anomaly] = []
-        return _named_shortly(_interpret(_patient(raw, oddities), channel, oddities))
+        return _within_bounds(_interpret(_patient(raw, oddities), channel, oddities))
     except _NotAMessage as refusal:
         return Unrecognised(str(refusal)[:REASON_CHARS_MAX])
     except RecursionError:
@@ -305,28 +311,39 @@ _NAMES = (
 )  # fmt: skip
 
 
-def _named_shortly(decoded: Decoded) -> Decoded:
-    """With a digest for each id and number that is too long."""
+def _within_bounds(decoded: Decoded) -> Decoded:
+    """Without what would make rows that are too long, or too many of them; what is left out is said."""
     if isinstance(decoded, Snapshot):
-        return structs.replace(decoded, calls=tuple([_with_short_names(call) for call in decoded.calls]))
-    return _with_short_names(decoded) if isinstance(decoded, Notification) else decoded
+        return structs.replace(decoded, calls=tuple([_bounded_call(call) for call in decoded.calls]))
+    return _bounded_call(decoded) if isinstance(decoded, Notification) else decoded
 
 
-def _with_short_names(notification: Notification) -> Notification:
+def _bounded_call(notification: Notification) -> Notification:
+    odd: list[Anomaly] = []
     after: dict[str, Any] = {
         name: _short(value)
         for name in _NAMES
         if (value := getattr(notification, name)) is not None and _is_long(value)
     }
+    named = bool(after)
     parties = notification.participants or ()
+    if len(parties) > PARTICIPANTS_MAX:
+        odd.append(Anomaly("poisoned", f"more than {PARTICIPANTS_MAX} participants, the first ones count"))
+        parties = after["participants"] = parties[:PARTICIPANTS_MAX]
     if any(_is_long(party.number) or _is_long(party.e164) for party in parties):
         after["participants"] = tuple(
             [structs.replace(each, number=_short(each.number), e164=_short(each.e164)) for each in parties]
         )
-    if not after:
+        named = True
+    if named:
+        odd.append(Anomaly("poisoned", "an id or number too long, told by a digest; the raw message has it"))
+    keys = len(notification.user_data or ())
+    if keys > USER_DATA_KEYS_MAX:
+        odd.append(Anomaly("poisoned", f"userData with {keys} keys is left out; the raw message has them"))
+        after["user_data"] = None
+    if not odd:
         return notification
-    odd = Anomaly("poisoned", f"{', '.join(after)}: too long, told by a digest; the raw message has it")
-    return structs.replace(notification, oddities=_bounded([odd, *notification.oddities]), **after)
+    return structs.replace(notification, oddities=_bounded([*odd, *notification.oddities]), **after)
 
 
 def _is_long(text: str) -> bool:
@@ -357,7 +374,9 @@ def _participants(
     if listed is None:
         if info is None:
             return None, "v2"
-        return tuple([_participant(party, "") for party in info]), "v2-strings"
+        return tuple([_participant(party, "") for party in info[: PARTICIPANTS_MAX + 1]]), "v2-strings"
+    if len(listed) > PARTICIPANTS_MAX:
+        listed = listed[: PARTICIPANTS_MAX + 1]  # the last one only shows that there were more
     dialect = "v2"
     found = []
     for place, item in enumerate(listed):

@@ -989,7 +989,32 @@ def test_a_name_that_fits_no_index_is_known_by_its_digest(field: str) -> None:
     assert getattr(heard, name) == getattr(again, name) != getattr(other, name)
     assert getattr(fits, name) == LONG[:-1]
     assert (kinds(heard), kinds(fits)) == (["poisoned"], [])
-    assert name in heard.oddities[0].detail
+
+
+@pytest.mark.parametrize("spelling", [list, lambda numbers: [{"number": number} for number in numbers]])
+def test_more_participants_than_any_call_has(spelling: Callable[[list[str]], list[Any]]) -> None:
+    """As many as may be are taken, from the beginning, and it is said that there were more."""
+    numbers = [str(number) for number in range(decoder.PARTICIPANTS_MAX + 1)]
+    many, fit = (
+        notification(message(participants=spelling(listed))) for listed in (numbers * 60, numbers[:-1])
+    )
+    assert many.participants == fit.participants
+    assert many.participants is not None
+    assert [each.number for each in many.participants] == numbers[:-1]
+    assert (kinds(many), kinds(fit)) == (["poisoned"], [])
+    infos = notification(message(participants=ABSENT, participantsInfo=[{"digits": "1"}] * 2_000))
+    assert infos.participants is not None
+    assert (len(infos.participants), kinds(infos)) == (decoder.PARTICIPANTS_MAX, ["poisoned"])
+
+
+def test_more_attached_data_than_any_call_has() -> None:
+    """It is left out and said; nothing is taken to be deleted."""
+    data = {str(number): 1 for number in range(decoder.USER_DATA_KEYS_MAX + 1)}
+    many = notification(in_data(resource(userData=data), "AttachedDataChanged"))
+    assert (many.user_data, many.user_data_emptied, kinds(many)) == (None, False, ["poisoned"])
+    assert str(len(data)) in many.oddities[0].detail
+    data.popitem()
+    assert notification(in_data(resource(userData=data))).user_data == data
 
 
 def test_long_numbers_of_participants_too() -> None:
