@@ -229,8 +229,8 @@ class Journal:
             return None
 
     async def _around(self, entries: Sequence[Entry]) -> Recorded:
-        """As `record`, where a value is refused. Finding it takes many attempts, and were all of a large batch
-        refused, one transaction would not have the time: then the batch would be tried again for ever."""
+        """As `record`, where a value is refused. Finding it takes many attempts; were all of a large batch
+        refused, one transaction would not have the time, and the batch would be tried again for ever."""
         pieces = []
         for start in range(0, len(entries), PIECE_MAX):
             piece = entries[start : start + PIECE_MAX]
