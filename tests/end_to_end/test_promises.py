@@ -39,6 +39,8 @@ HANDSHAKE = "/meta/handshake"
 NOTIFICATIONS = "/api/v2/notifications"
 ALWAYS = 1_000_000
 """A fault that strikes so often lasts until it is cleared."""
+SHORT = {"max_interval_ms": 1_500}
+"""Where the listener gives a session up that the server still has: how long it keeps what waits there."""
 CENTRE = SimulatorSettings(
     accounts=2,
     rate=200.0,
@@ -107,6 +109,12 @@ class Stage:
     def keep_out(self) -> None:
         """Lets no new session begin, so that the loss of one can be looked at."""
         self.fails(Fault.HTML_503, "handshake")
+
+    async def reload(self) -> None:
+        """Reads the settings again, as SIGHUP does; returns when it has been done."""
+        before = len(self.logged)
+        self.listener.daemon.reload()
+        await until(lambda: any(line["event"] == "reloaded" for line in self.logged[before:]))
 
     def heal(self) -> None:
         """Ends what the server and the gateway do."""
@@ -215,10 +223,10 @@ def locked_out(stage: Stage) -> None:
     stage.simulator.accounts[stage.struck].refused = True
 
 
-def let_in(stage: Stage) -> None:
+async def let_in(stage: Stage) -> None:
     """The account is mended, and whoever did it reloads."""
     stage.simulator.accounts[stage.struck].refused = False
-    stage.listener.daemon.reload()
+    await stage.reload()
 
 
 def deny(stage: Stage) -> None:
@@ -227,10 +235,10 @@ def deny(stage: Stage) -> None:
     stage.forget()
 
 
-def reload(stage: Stage) -> None:
+async def healed_and_reloaded(stage: Stage) -> None:
     """The server is well again, and whoever mended it reloads."""
     stage.heal()
-    stage.listener.daemon.reload()
+    await stage.reload()
 
 
 SIGNS: dict[str, Sign] = {
@@ -246,11 +254,12 @@ SIGNS: dict[str, Sign] = {
     "advice none": Sign(
         lambda now: advised(now, reconnect="none"),
         "503::Simulated",
-        reload,
+        healed_and_reloaded,
         cause="session lost",
         lost=("session lost",),
         state="refused",
         handshakes=1,
+        centre=SHORT,
     ),
     "advice handshake": Sign(
         (Stage.keep_out, lambda now: advised(now, reconnect="handshake")),
@@ -258,6 +267,7 @@ SIGNS: dict[str, Sign] = {
         cause="session lost",
         lost=("session lost",),
         handshakes=1,
+        centre=SHORT,
     ),
     "advice retry with an interval": Sign(
         lambda now: advised(now, reconnect="retry", interval=300), "503::Simulated"
@@ -265,7 +275,7 @@ SIGNS: dict[str, Sign] = {
     "refused subscription": Sign(
         deny,
         "403:/v2/me/calls:denied",
-        reload,
+        healed_and_reloaded,
         cause="subscription refused",
         lost=("subscription refused",),
         state="refused",
@@ -289,6 +299,7 @@ SIGNS: dict[str, Sign] = {
         cause="malformed",
         lost=("malformed",),
         handshakes=1,
+        centre=SHORT,
     ),
     "oversized": Sign(
         (Stage.keep_out, lambda now: now.simulator.gws.oversize(now.struck, 2 * DELIVERY_BYTES_MAX)),
@@ -296,8 +307,9 @@ SIGNS: dict[str, Sign] = {
         cause="oversized",
         lost=("oversized",),
         handshakes=1,
+        centre=SHORT,
     ),
-    "dropped": Sign(lambda now: now.proxy.refuse(), "Cannot connect", lambda now: now.proxy.resume()),
+    "dropped": Sign(lambda now: now.proxy.refuse(), "disconnect", lambda now: now.proxy.resume()),
     "half-open": Sign(
         lambda now: now.proxy.stall(new=True), "no answer to /meta/connect", lambda now: now.proxy.resume()
     ),
@@ -359,7 +371,7 @@ async def test_an_expired_cookie_is_a_login_and_no_loss(database: str, sql: asyn
     """The gateway knows our cookie no more: 403 to CometD, one login, and the same session goes on."""
     async with stage(database, sql) as now:
         now.gateway.wants_cookie = True
-        now.listener.daemon.reload()
+        await now.reload()
         await now.simulator.play(notifications=40)
         await until(lambda: not now.reason)
         for expiry in (1, 2):
@@ -397,7 +409,7 @@ async def test_a_wrong_password_is_loud_and_locks_no_account(database: str, sql:
     async with stage(database, sql, up=False) as now:
         now.simulator.accounts[now.struck].refused = True
         now.simulator.gws.forget()
-        now.listener.daemon.reload()
+        await now.reload()
         await until(lambda: "login refused" in now.reason)
         logins = now.gateway.asked[LOGIN]
         await until(lambda: now.simulator.listening() == 1)
@@ -406,7 +418,7 @@ async def test_a_wrong_password_is_loud_and_locks_no_account(database: str, sql:
         assert "check the account's login and password" in now.reason
         assert "simulated" not in str(now.logged)
         assert await now.listener.metric("listener_sessions", state="refused") == 1
-        let_in(now)
+        await let_in(now)
         await all_is_heard_again(now)
     assert "login refused" in await now.causes(now.struck)
     (await compare(database, now.simulator.truth())).check()
