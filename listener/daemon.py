@@ -21,6 +21,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -37,6 +38,7 @@ from listener.errors import ListenerError, SettingsError, StoreError, StoreUnava
 from listener.metrics import Metrics
 from listener.operations import Operations
 from listener.pipeline import WRITERS, Pipeline
+from listener.probe import Probe
 from listener.settings import Account, Environment, Log, Settings
 from listener.store import migrate
 from listener.store.claim import Claim
@@ -54,7 +56,7 @@ UNFINISHED_RETRY_S = 2.0
 """When a reload waits for the database: how long until it is tried again, and how long one try may last."""
 
 CONNECTIONS = WRITERS + 1
-"""To the database: one for each writer of the pipeline, and one for coverage."""
+"""To the database: one for each writer of the pipeline, and one for coverage and what probes read."""
 
 CLOSE_S = 2.0
 """How long the database may take to say goodbye; one that hangs never does."""
@@ -122,6 +124,7 @@ class _Eyes:
         self.gap = metrics.gap
         self.duplicates = metrics.duplicates
         self.session_state = metrics.session_state
+        self.probe = metrics.probe
         self.backlog = metrics.backlog
 
     def recorded(self, recorded: Recorded, seconds: float) -> None:
@@ -277,6 +280,7 @@ class Daemon:
             writing = tasks.create_task(pipeline.run(), name="pipeline")
             covering = tasks.create_task(ledger.run(), name="ledger")
             upkeep = tasks.create_task(self._upkeep(journal), name="upkeep")
+            probing = tasks.create_task(self._probe(journal), name="probe")
             works = _Works(journal, pipeline, ledger, tasks)
             await self._until_stopped(self._follow_first(works))
             closing = tasks.create_task(self._closer(journal, pipeline).run(), name="closer")
@@ -290,7 +294,7 @@ class Daemon:
                 await self._until_stopped(self._follow_changes(works))
             closing.cancel()
             await self._farewell(works)
-            for task in (writing, covering, upkeep):
+            for task in (writing, covering, upkeep, probing):
                 task.cancel()
         self._log.info("stopped")
 
@@ -467,7 +471,9 @@ class Daemon:
         )
 
         def line() -> Line:
-            return _Line(endpoint, genesys, watch, clock=self._clock, wall=self._wall)
+            made = _Line(endpoint, genesys, watch, clock=self._clock, wall=self._wall)
+            watch.carried_by(partial(_give_up, made))
+            return made
 
         task = works.tasks.create_task(self._keep(watch, line), name=f"account {account.name}")
         self._accounts[account.name] = _Running(account, environment, watch, task)
@@ -527,6 +533,14 @@ class Daemon:
             wrap_up_s_max=limits.wrap_up_s_max,
             wall=self._wall,
         )
+
+    async def _probe(self, journal: Journal) -> None:
+        def listened() -> list[Watch]:
+            return [each.watch for each in self._accounts.values()]
+
+        every_s = self.settings.limits.probe_s
+        if every_s:
+            await Probe(journal, self._eyes, listened, every_s=every_s, clock=self._clock).run()
 
     async def _upkeep(self, journal: Journal) -> None:
         while True:
@@ -596,6 +610,16 @@ def run(
 def _first(group: ExceptionGroup[ListenerError]) -> ListenerError:
     error = group.exceptions[0]
     return _first(error) if isinstance(error, ExceptionGroup) else error
+
+
+async def _give_up(line: Line, cause: str, detail: str) -> None:
+    """Ends a session that is connected and of no use; another begins at once. It logs in anew and without
+    cookies, which may be what leads to the wrong node or agent."""
+    line.credentials.jar.clear()
+    line.session.login_first()
+    await line.tell(line.session.abandon(cause, detail, line.clock()))
+    line.wake.ring()
+    await line.hang_up()  # a connect that is held would be waited for
 
 
 async def _close(journal: Journal) -> None:

@@ -59,6 +59,10 @@ SESSION_STATES = ("starting", "up", "waiting", "refused")
 """An account's session: on its way to its first subscription; subscribed and listening; lost and trying again
 after a pause; refused, so that only a person can help."""
 
+PROBE_RESULTS = ("agreed", "disagreed", "failed")
+"""A list of live calls beside what was heard: the same, so different that the session was given up, or none
+that proves anything."""
+
 LAG_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1, 5, 60)
 COMMIT_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
 BATCH_BUCKETS = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2000)
@@ -139,6 +143,12 @@ class Metrics:
         self._began = _children(
             counter("listener_calls_began", "Calls heard of for the first time, by direction.", "direction"),
             Direction,
+        )
+        self._probes = _children(
+            counter(
+                "listener_probes", "Lists of live calls compared with what was heard, by result.", "result"
+            ),
+            PROBE_RESULTS,
         )
         self._ended = _children(
             counter("listener_calls_ended", "Calls that ended, by outcome.", "outcome"), Outcome
@@ -262,6 +272,10 @@ class Metrics:
     def gap(self, cause: str, seconds: float) -> None:
         """Add `seconds` in which one account was not observed because of `cause` (one of GAP_CAUSES)."""
         self._gap_seconds.get(cause, self._gap_seconds[OTHER]).inc(seconds)
+
+    def probe(self, result: str) -> None:
+        """Count a probe (one of PROBE_RESULTS)."""
+        self._probes.get(result, self._probes[OTHER]).inc()
 
     # ── what is now ───────────────────────────────────────────────────────────────────────────────────
 

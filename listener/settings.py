@@ -182,6 +182,12 @@ class Limits(_Section):
     stop_s: float = Field(
         20.0, gt=0, le=600, description="seconds to store what was heard when told to stop, up to 600"
     )
+    probe_s: float = Field(
+        60.0,
+        ge=0,
+        le=86_400,
+        description="seconds between two questions, whether an account is deaf, up to 86400; 0 asks none",
+    )
     call_hours_max: float = Field(
         24.0,
         gt=0,
