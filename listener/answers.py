@@ -448,7 +448,7 @@ def _figures(figures: Figures) -> dict[str, str]:
         "observed": share(figures.percent / 100) if figures.percent is not None else "–",
         "gaps": str(figures.gaps),
         "longest gap": seconds(figures.longest_gap_s) if figures.gaps else "",
-        "not observed": ", ".join(f"{cause} {seconds(lasted)}" for cause, lasted in causes),
+        "not observed": "\n".join(f"{cause} {seconds(lasted)}" for cause, lasted in causes),
     }
 
 
@@ -484,8 +484,8 @@ def _print_rows(rows: Sequence[Mapping[str, str]], out: Console) -> list[str]:
         if column in widths and _left(widths, out) < 0:
             del widths[column]
             left_out.append(column)
-    for column in reversed([each for each in widths if each in _SENTENCES]):
-        wanted = _needed(column, [row[column] for row in rows])
+    for column in [each for each in widths if each in _SENTENCES]:
+        wanted = _needed(column, [line for row in rows for line in row[column].splitlines()])
         widths[column] += max(0, min(_left(widths, out), wanted - widths[column]))
     table = _table(*widths, right=("observed", "gaps", "longest gap"), widths=widths)
     for row in rows:

@@ -644,7 +644,19 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    command("run", _run, "listen until told to stop (SIGTERM, Ctrl-C); SIGHUP reads the accounts again")
+    command(
+        "run",
+        _run,
+        "listen until told to stop (SIGTERM, Ctrl-C); SIGHUP reads the accounts again",
+        "What is heard is stored before the contact centre is told that we have it. It never gives up on a\n"
+        "contact centre: what it cannot hear becomes a gap that `listener coverage` shows. /-/ready on\n"
+        "operations.port says whether every account is observed, and why not. A second signal does not\n"
+        "wait.\n\n"
+        "exit codes: 0 it was told to stop; 2 wrong settings, or no account; 3 no database, or no tables\n\n"
+        "examples:\n"
+        "  listener run\n"
+        "  listener run -c /etc/listener/listener.toml --set log.format=text\n",
+    )
 
     demo = command(
         "demo",
@@ -671,6 +683,7 @@ def parser() -> argparse.ArgumentParser:
         "be a contact centre on loopback, with scripted calls",
         "It prints its address as a JSON line, and at its end what it sent. GET /simulator/truth and\n"
         "/simulator/stats tell the same over HTTP; POST /simulator/faults makes something go wrong.\n\n"
+        "exit codes: 0 it was told to stop, or its time was over; 2 a value or a port that cannot be\n\n"
         "example:\n  listener simulate --port 8090 --accounts 3 --rate 10 --fault drop_mid_reply=0.01\n",
     )
     simulate.add_argument(
@@ -716,7 +729,19 @@ def parser() -> argparse.ArgumentParser:
 
     _questions(command)
 
-    database = command("db", _db, "make or update the tables, or say which version they have")
+    database = command(
+        "db",
+        _db,
+        "make or update the tables, or say which version they have",
+        "An upgrade is one transaction: it happens wholly or not at all, and a second one at the same time\n"
+        "waits. The first needs three roles; where the user of the DSN may not make them, it says what a\n"
+        "superuser has to run.\n\n"
+        "exit codes: 0 up to date; 1 `current` found another version, or none; 2 wrong settings;\n"
+        "3 no database, or it refuses\n\n"
+        "examples:\n"
+        "  listener db upgrade\n"
+        "  listener db current --set store.dsn=postgresql://listener@db.example.com/listener\n",
+    )
     database.add_argument(
         "action",
         choices=("upgrade", "current"),
@@ -727,6 +752,10 @@ def parser() -> argparse.ArgumentParser:
         "check-config",
         _check_config,
         "check the settings without connecting anywhere; name every problem with its line and cure",
+        "exit codes: 0 `listener run` would take them; 2 it would not, and why, a line for each problem\n\n"
+        "examples:\n"
+        "  listener check-config\n"
+        "  listener check-config -c /etc/listener/listener.toml --secrets-dir /run/secrets\n",
     )
     return root
 

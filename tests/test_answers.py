@@ -401,6 +401,16 @@ def test_narrow_coverage_is_not_cut(width: int) -> None:
         assert word in text, word
 
 
+def test_each_cause_has_its_line() -> None:
+    """At 80 columns a cause stands whole beside its seconds, the longest first."""
+    coverage = _coverage(_watched("agent5001", (0, 10, "not started"), (10, 70, "stalled"), (70, 120, "")))
+    lines = _shown(show_coverage, coverage, width=80).splitlines()
+    assert _lines("\n".join(lines[2:4])) == [
+        "agent5001 north 41.7 % 2 1:00 stalled 1:00 observed",
+        "not started 10.0 s",
+    ]
+
+
 def test_coverage_now() -> None:
     """A gap that goes on is told with its beginning, by day where that was another; a removed account is
     neither observed nor a gap."""

@@ -69,11 +69,13 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each command explains itself and its options."""
+    """Each command explains itself and its options, with an example and what its exit codes mean."""
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     assert left.value.code == 0
-    assert len(capsys.readouterr().out.splitlines()) > 10
+    text = capsys.readouterr().out
+    assert "exit code" in text.casefold()
+    assert f"\n  listener {command}" in text
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
