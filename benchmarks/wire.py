@@ -31,7 +31,7 @@ from benchmarks.centre import Centre, centre
 from listener.adapters.cometd import Endpoint, Line
 from listener.adapters.genesys import GenesysClient
 from listener.core.calls import Heard, Recorded
-from listener.core.session import Fact, Subscribed
+from listener.core.session import Fact, Saved, Subscribed
 from listener.daemon import calm_collector
 from listener.pipeline import Pipeline
 from listener.store import migrate
@@ -66,6 +66,12 @@ class _Counting:
     def told(self, fact: Fact, at: datetime) -> None:  # noqa: ARG002 - the protocol's signature
         """Notes that an account is subscribed."""
         self.subscribed += isinstance(fact, Subscribed)
+
+    def answered(self, at: datetime, *, took: bool) -> None:
+        """Not looked at."""
+
+    def keep(self, saved: Saved | None) -> None:
+        """Not looked at."""
 
 
 class _Early(_Counting):

@@ -21,7 +21,7 @@ protocols below say what is needed of both.
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
@@ -37,6 +37,7 @@ from listener.core.session import (
     Handshaken,
     Refused,
     Resumed,
+    Saved,
     Subscribed,
     SubscriptionRefused,
     Unbroken,
@@ -110,8 +111,9 @@ class Hears(Protocol):
 class CoverageJournal(Protocol):
     """What the ledger needs of the store: `listener.store.journal.Journal`."""
 
-    async def cover(self, covers: Sequence[Cover]) -> None:
-        """Writes turns of coverage, in order."""
+    async def cover(self, covers: Sequence[Cover], sessions: Mapping[int, Saved | None]) -> None:
+        """Writes turns of coverage, in order, and in the same transaction what the sessions of some accounts
+        can be resumed with; None forgets one."""
 
     async def heartbeat(self, accounts: Iterable[int], at: datetime) -> None:
         """These accounts were observed until then."""
@@ -144,7 +146,11 @@ Vouched = Callable[[], datetime | None]
 
 
 class Ledger:
-    """Writes coverage in the order in which it was told. `run` it in a task; cancel it after `drain`."""
+    """Writes coverage in the order in which it was told, and with it what sessions are resumed with: so that
+    where an account counts as observed, the session that is kept is the one that observed it.
+
+    `run` it in a task; cancel it after `drain`.
+    """
 
     def __init__(
         self, journal: CoverageJournal, *, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -152,6 +158,7 @@ class Ledger:
         self._journal = journal
         self._pause = pause
         self._waiting: list[Cover] = []
+        self._sessions: dict[int, Saved | None] = {}
         self._shorten_at = COVERS_WAITING_MAX
         self._told = asyncio.Event()
         self._written = asyncio.Event()
@@ -174,6 +181,12 @@ class Ledger:
         self._written.clear()
         self._told.set()
 
+    def keep(self, account: int, saved: Saved | None) -> None:
+        """Takes what an account's session is resumed with from now on; None when it is over."""
+        self._sessions[account] = saved
+        self._written.clear()
+        self._told.set()
+
     async def drain(self) -> None:
         """Returns when everything that was told is written; bound it with a timeout."""
         await self._written.wait()
@@ -188,10 +201,13 @@ class Ledger:
         while True:
             await self._told.wait()
             self._told.clear()
-            while self._waiting:
+            while self._waiting or self._sessions:
                 part, self._waiting = self._waiting[:COVERS_MAX], self._waiting[COVERS_MAX:]
+                sessions: dict[int, Saved | None] = {}
+                if not self._waiting:  # with the last turn that was told before them, or with a later one
+                    sessions, self._sessions = self._sessions, {}
                 wait_s = LEDGER_RETRY_S
-                while not await self._stored(self._journal.cover(part)):
+                while not await self._stored(self._journal.cover(part, sessions)):
                     await self._pause(wait_s)
                     wait_s = min(wait_s * 2, LEDGER_RETRY_S_MAX)
             self._shorten_at = COVERS_WAITING_MAX
@@ -268,8 +284,10 @@ class _Delivery(Struct, frozen=True):
 class Watch:
     """One account: hands on what its line hears, and keeps its coverage. Satisfies `adapters.cometd.Hearing`.
 
-    It is unobserved since `since`, because of `cause`, until its session says otherwise. `snapshot` asks for
-    the live calls; None where there is no REST to ask, and then a subscription alone closes a gap. `tasks` is
+    It is unobserved since `since`, because of `cause`, until its session says otherwise. Where the line
+    resumes a session, `acknowledges` says whether its server does, and `observed_until` since when the
+    account would not be observed but for that; None if not for the restart alone. `snapshot` asks for the
+    live calls; None where there is no REST to ask, and then a subscription alone closes a gap. `tasks` is
     where the snapshot runs, `clock` the one of the session. Call `answered` after every answer of the server,
     `end` when the account is listened to no more. Satisfies `listener.probe.Listened` too, once `carried_by`
     has said how a session is given up.
@@ -291,6 +309,7 @@ class Watch:
         "_owed",
         "_pause",
         "_pipeline",
+        "_resumes_from",
         "_settled_s",
         "_slow",
         "_snapshot",
@@ -321,6 +340,8 @@ class Watch:
         turn: asyncio.Semaphore,
         since: datetime,
         cause: str = "not started",
+        acknowledges: bool = False,
+        observed_until: datetime | None = None,
         settled_s: float = SETTLED_S,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -342,9 +363,10 @@ class Watch:
         self._pause = pause
         self._gap: _Gap | None = _Gap(since, cause, None)
         self._ended = False
-        self._acknowledges = False
+        self._acknowledges = acknowledges
+        self._resumes_from = observed_until if acknowledges else None
         self._subscribed_at: datetime | None = None
-        self._owed = True
+        self._owed = self._resumes_from is None
         self._closing: asyncio.Task[None] | None = None
         self._announced: list[_Delivery] = []
         self._undurable: list[_Delivery] = []
@@ -375,6 +397,10 @@ class Watch:
             committed()
 
         await self._pipeline.hear(heard, durable)
+
+    def keep(self, saved: Saved | None) -> None:
+        """What the session can be resumed with from now on; None when it is over."""
+        self._ledger.keep(self.account, saved)
 
     def answered(self, at: datetime, *, took: bool) -> None:
         """The server answered, and all facts of the answer have been told; `took`: with new messages."""
@@ -463,6 +489,7 @@ class Watch:
                     self._observer.duplicates(fact.redelivered)
             case Handshaken():
                 self._owed = True
+                self._resumes_from = None
                 self._acknowledges = fact.ack
                 self._subscribed_at = None
                 self._forget_snapshot()
@@ -474,6 +501,12 @@ class Watch:
                 self._goes_on(at)
             case Gap():
                 self._lost(fact, at)
+            case Unbroken() if self._resumes_from is not None:
+                # The session of before the restart goes on, and the server kept everything.
+                since, self._resumes_from = self._resumes_from, None
+                self._log.info("session resumed", observed_since=since.isoformat())
+                self._sure_at = since
+                self._found(since, withdraws=True)
             case Unbroken():
                 # The server kept everything: there was no gap.
                 self._goes_on(self._gap.since if self._gap is not None else at)
@@ -494,6 +527,7 @@ class Watch:
         for delivery in self._announced:
             self._undurable.remove(delivery)
         self._announced.clear()
+        self._resumes_from = None
         self._deaf(_Gap(self.vouched() or at, "session lost", self._clock()), detail)
 
     def end(self, at: datetime, cause: str = "stopped") -> None:
@@ -518,6 +552,12 @@ class Watch:
     def _deaf(self, gap: _Gap, detail: str) -> None:
         self._forget_snapshot()
         was = self._gap
+        if self._resumes_from is not None and gap.cause == "disconnected":
+            # The gap of the restart goes on, and may still turn out to be none.
+            self._log.warning("the session to resume is not reached yet", detail=detail)
+            self.trouble = f"{gap.cause}: {detail}"
+            self._stand(WAITING)
+            return
         if was is not None and was.named == gap.named:
             gap = _Gap(was.since, gap.cause, gap.named)  # the same, of which more is known now
             self._log.info("gap goes on", cause=gap.cause, detail=detail)
@@ -606,8 +646,8 @@ class Watch:
             if self._answers == seen and not self._undurable:
                 return
 
-    def _found(self, at: datetime) -> None:
-        """Observed from `at` on."""
+    def _found(self, at: datetime, *, withdraws: bool = False) -> None:
+        """Observed from `at` on; with `withdraws`, whatever was written of gaps since then."""
         self._stretch += 1
         gap, self._gap = self._gap, None
         if gap is not None:
@@ -615,7 +655,7 @@ class Watch:
             if gap.named is not None:
                 self._log.info("gap closed", cause=gap.cause, until=at.isoformat())
                 self._observer.reconnect()
-        self._ledger.cover(Cover(self.account, at), self.vouched)
+        self._ledger.cover(Cover(self.account, at, withdraws=withdraws), self.vouched)
         self.trouble = ""
         self._stand(UP)
 

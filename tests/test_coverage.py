@@ -6,7 +6,7 @@ the test's.
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -24,6 +24,7 @@ from listener.core.session import (
     Handshaken,
     Refused,
     Resumed,
+    Saved,
     Subscribed,
     SubscriptionRefused,
     Unbroken,
@@ -847,10 +848,10 @@ async def test_no_heartbeat_overtakes_a_gap_that_is_not_written_yet() -> None:
     class CoverRefused(MemoryJournal):
         refusing = False
 
-        async def cover(self, covers: Sequence[Cover]) -> None:
+        async def cover(self, covers: Sequence[Cover], sessions: Mapping[int, Saved | None]) -> None:
             if self.refusing:
                 raise StoreUnavailable("A lock was not to be had in time.")
-            await super().cover(covers)
+            await super().cover(covers, sessions)
 
     memory, clock = CoverRefused(), Clock()
     ledger = Ledger(memory, pause=clock.pause)
@@ -903,7 +904,7 @@ async def test_the_ledger_ends_when_a_cancellation_is_answered_with_a_failure() 
     """As the pipeline: nobody cancels twice."""
 
     class Swallowing(MemoryJournal):
-        async def cover(self, covers: object) -> None:  # noqa: ARG002 - the signature is the journal's
+        async def cover(self, *_: object) -> None:
             self.attempts += 1
             try:
                 await asyncio.Event().wait()

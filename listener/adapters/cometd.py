@@ -30,6 +30,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from http.cookies import Morsel
 from typing import Any, Literal, Protocol
 
 import aiohttp
@@ -45,12 +46,16 @@ from listener.core.calls import Heard
 from listener.core.session import (
     DEFAULT_LIMITS,
     LONG_POLLING,
+    Cookie,
     Delivered,
     Fact,
     Failure,
+    Gap,
     Handshaken,
+    Kept,
     Limits,
     Login,
+    Saved,
     Send,
     Session,
     Sleep,
@@ -77,16 +82,21 @@ nothing else."""
 READ_BUFFER_BYTES = 256 * 1024
 """How much of an answer may wait in the socket's reader; a burst is read in few steps."""
 
-ODD_NAMESPACE = uuid.UUID("b2c1b7f4-6a57-4f0e-9d5e-6f6464736f6d")
-"""Items without a position are filed under a stream of their own, named after the session's."""
+LIFETIMES_MAX = 2
+LIFETIME_S_MIN = 60.0
+"""A session that was saved longer ago than so many times the server's `maxInterval` (or what is assumed at
+least) is hardly there any more: one connect asks, and then another begins."""
 
 
 class Credentials(Protocol):
     """What a line needs to know of the login; satisfied by `adapters.genesys.GenesysClient`."""
 
     @property
-    def jar(self) -> aiohttp.abc.AbstractCookieJar:
+    def jar(self) -> aiohttp.CookieJar:
         """The account's cookies, shared by REST and CometD."""
+
+    token: Mapping[str, str]
+    """The header with the CSRF token; empty where there is none. Set when a session is resumed."""
 
     async def login(self) -> None:
         """Logs in; raises `LoginRefused` or `RemoteUnavailable`."""
@@ -102,7 +112,13 @@ class Hearing(Protocol):
         """Takes new messages; returns when there is room for more; calls `committed` when they are stored."""
 
     def told(self, fact: Fact, at: datetime) -> None:
-        """Takes every fact but the messages themselves, at once and without waiting."""
+        """Takes every fact, before the messages themselves, at once and without waiting."""
+
+    def answered(self, at: datetime, *, took: bool) -> None:
+        """The server answered, and all facts of the answer have been told; `took`: with new messages."""
+
+    def keep(self, saved: Saved | None) -> None:
+        """What the session can be resumed with from now on; None when it is over."""
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -115,6 +131,8 @@ class Endpoint(msgspec.Struct, frozen=True):
     channels: tuple[str, ...] = ("/v2/me/calls", "/v2/me/devices")
     login_first: bool = False
     """Whether the CometD server wants the cookies of a REST login (GWS does)."""
+    owner: str = ""
+    """Whose sessions these are, at which server: a session of another owner is not resumed."""
     delivery_bytes_max: int = DELIVERY_BYTES_MAX
 
 
@@ -148,8 +166,9 @@ class Line(Extension):
     """One account's connection. `run` it until it is cancelled.
 
     `goodbye` says whether a cancelled `run` tells the server (/meta/disconnect), so that it keeps nothing
-    more for us; it may be changed at any time. `account` is the store's id. `clock` is steady seconds, `wall`
-    the time of day; both are parameters so that a test can own them.
+    more for us; it may be changed at any time. Without it the session can be resumed: by a line that is given
+    what this one told its `hearing` to `keep`, as `saved`, if it is `resumable`. `account` is the store's id.
+    `clock` is steady seconds, `wall` the time of day; both are parameters so that a test can own them.
     """
 
     def __init__(
@@ -159,6 +178,7 @@ class Line(Extension):
         credentials: Credentials,
         hearing: Hearing,
         *,
+        saved: Saved | None = None,
         limits: Limits = DEFAULT_LIMITS,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),  # noqa: TID251 - a shell's default
@@ -174,7 +194,11 @@ class Line(Extension):
         self.session = Session(now=clock(), jitter=jitter, limits=limits)
         self.wake = _Bell()
         self.stream = str(uuid.uuid4())
+        self._odd_stream = str(uuid.uuid4())
+        """Items without a position are filed under a stream of their own."""
         self._odd_position = 0
+        self._kept: Kept | None = None
+        self._leaving = False
         self._http: aiohttp.ClientSession | None = None
         self._transport: _Shell | None = None
         self._outbox: list[tuple[list[Heard], Callable[[], None], int]] = []
@@ -184,7 +208,9 @@ class Line(Extension):
         """What who hears raised; it ends `run`."""
         self._posted = _Bell()
         self._emptied = _Bell()
-        if endpoint.login_first:
+        if saved is not None:
+            self._resume(saved)
+        elif endpoint.login_first:
             self.session.login_first()
 
     async def run(self) -> None:
@@ -250,7 +276,17 @@ class Line(Extension):
                 await self._transport.halt()
                 await self._outbox_empty()
                 if self.goodbye and self.broken is None:
+                    await self._durable()
+                    self._leaving = True
+                    self._keep(None)
                     await self._transport.disconnect()
+
+    async def _durable(self) -> None:
+        """Returns when what an acknowledging server would give again is committed: it gives nothing after a
+        farewell."""
+        while self.session.ack and not self.session.durable:
+            self.wake.hush()
+            await self.wake.wait()
 
     async def outgoing(self, payload: list[dict[str, Any]], headers: dict[str, str]) -> None:
         """Part of aiocometd's `Extension`; the session has written everything already."""
@@ -286,24 +322,33 @@ class Line(Extension):
         for fact in facts:
             if isinstance(fact, Handshaken):
                 self.stream = str(uuid.uuid4())
-                self._odd_position = 0
             self.hearing.told(fact, at)
             if isinstance(fact, Delivered):
                 await self._deliver(fact, at)
+        if not any(isinstance(fact, Gap) for fact in facts):
+            took = any(isinstance(fact, Delivered) and fact.messages for fact in facts)
+            self.hearing.answered(self.wall(), took=took)
+        self._keep(self._to_keep())
 
     async def _deliver(self, delivered: Delivered, at: datetime) -> None:
         account, stream = self.account, self.stream
+        last = delivered.first + len(delivered.messages) - 1
         heard = [
-            Heard(account, stream, position, at, channel, raw)
+            Heard(
+                account,
+                stream,
+                position,
+                at,
+                channel,
+                raw,
+                batch=delivered.batch if position == last else delivered.before,
+            )
             for position, (channel, raw) in enumerate(delivered.messages, start=delivered.first)
         ]
         odd = []
-        if delivered.odd:
-            odd_stream = str(uuid.uuid5(ODD_NAMESPACE, stream))
-            for channel, raw in delivered.odd:
-                self._odd_position += 1
-                odd.append(Heard(account, odd_stream, self._odd_position, at, channel, raw))
-        last = delivered.first + len(heard) - 1
+        for channel, raw in delivered.odd:
+            self._odd_position += 1
+            odd.append(Heard(account, self._odd_stream, self._odd_position, at, channel, raw))
 
         def committed() -> None:
             if self.stream == stream:
@@ -352,6 +397,91 @@ class Line(Extension):
         while self._outbox and self.broken is None:
             self._emptied.hush()
             await self._emptied.wait()
+
+    # What a session is resumed with
+
+    def _to_keep(self) -> Kept | None:
+        """What the present session could be resumed with; None while there is none that hears everything."""
+        session = self.session
+        heard = session.subscribed.issuperset(self.endpoint.channels)
+        if self._leaving or session.client_id is None or not heard:
+            return None
+        return Kept(
+            stream=self.stream,
+            client_id=session.client_id,
+            ack=session.ack,
+            connection_type=session.connection_type,
+            max_interval_s=session.max_interval_s,
+            channels=tuple(sorted(session.subscribed)),
+            owner=self.endpoint.owner,
+            cookies=_cookies(self.credentials.jar),
+            token=tuple(self.credentials.token.items()),
+        )
+
+    def _keep(self, kept: Kept | None) -> None:
+        """Says what is to be kept, when it is something else than before."""
+        if kept != self._kept:
+            self._kept = kept
+            self.hearing.keep(None if kept is None else Saved(kept, self.wall()))
+
+    def _resume(self, saved: Saved) -> None:
+        kept = self._kept = saved.kept
+        age_s = (self.wall() - saved.saved_at).total_seconds()
+        lifetime_s = max(kept.max_interval_s or 0.0, LIFETIME_S_MIN)
+        for channel in self.endpoint.channels:
+            self.session.want(channel)
+        self.session.resume(
+            saved,
+            attempts_max=1 if age_s > LIFETIMES_MAX * lifetime_s else None,
+            login_first=self.endpoint.login_first,
+        )
+        self.stream = kept.stream
+        self.credentials.token = dict(kept.token)
+        _set_cookies(self.credentials.jar, kept.cookies, age_s)
+
+
+def resumable(saved: Saved, endpoint: Endpoint) -> bool:
+    """Whether a line to `endpoint` can go on with that session: it is the same owner's, hears all that is
+    wanted, and it is known what to acknowledge."""
+    kept = saved.kept
+    return (
+        kept.owner == endpoint.owner
+        and set(kept.channels) >= set(endpoint.channels)
+        and kept.connection_type in (*endpoint.connection_types, LONG_POLLING)
+        and saved.resumes_at is not None
+    )
+
+
+def _cookies(jar: aiohttp.CookieJar) -> tuple[Cookie, ...]:
+    """The cookies of a jar, in an order that stays."""
+    return tuple(
+        Cookie(
+            name=name,
+            value=morsel.coded_value,
+            domain=domain,
+            path=morsel["path"],
+            secure=bool(morsel["secure"]),
+            expires=morsel["expires"],
+            max_age=str(morsel["max-age"]),
+        )
+        for (domain, path), cookies in sorted(jar.cookies.items())
+        for name, morsel in sorted(cookies.items())
+    )
+
+
+def _set_cookies(jar: aiohttp.CookieJar, cookies: Sequence[Cookie], age_s: float) -> None:
+    """Puts them back; they were set `age_s` seconds ago at least. Those of a host alone are that domain's
+    then, which makes no difference here: a line talks to one host."""
+    for cookie in cookies:
+        morsel: Morsel[str] = Morsel()
+        morsel.set(cookie.name, cookie.value, cookie.value)
+        morsel["path"] = cookie.path
+        morsel["secure"] = cookie.secure
+        morsel["expires"] = cookie.expires
+        if cookie.max_age:
+            morsel["max-age"] = str(int(float(cookie.max_age) - max(0.0, age_s)))
+        morsel["domain"] = cookie.domain
+        jar.update_cookies({cookie.name: morsel})
 
 
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)

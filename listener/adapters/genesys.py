@@ -73,7 +73,6 @@ class GenesysClient:
     __slots__ = (  # one for each account, of which there are thousands
         "_authorization",
         "_base_url",
-        "_csrf",
         "_jar",
         "_me_path",
         "_request_s",
@@ -81,6 +80,7 @@ class GenesysClient:
         "_tls",
         "_wall",
         "snapshot_path",
+        "token",
     )
 
     def __init__(
@@ -103,7 +103,8 @@ class GenesysClient:
         self.snapshot_path = snapshot_path
         self._request_s = request_s
         self._wall = wall
-        self._csrf: dict[str, str] = {}
+        self.token: Mapping[str, str] = {}
+        """The header with the CSRF token; empty where GWS named none."""
         self._jar = aiohttp.CookieJar(unsafe=True)  # also for hosts that are IP addresses
 
     @property
@@ -113,14 +114,14 @@ class GenesysClient:
 
     def headers(self) -> Mapping[str, str]:
         """Authorization, and the CSRF token once it is known."""
-        return {**self._authorization, **self._csrf}
+        return {**self._authorization, **self.token}
 
     async def login(self) -> None:
         """Begins an HTTP session, and logs the agent in if the account asks for it.
 
         Raises `LoginRefused` if the credentials are wrong, `RemoteUnavailable` if trying again may help.
         """
-        self._csrf = {}
+        self.token = {}
         answer = await self._request("GET", self._me_path)
         if answer.status in (401, 403):
             raise LoginRefused(
@@ -187,7 +188,7 @@ class GenesysClient:
                 body = await _read(response, url)
                 header, token = response.headers.get("X-CSRF-HEADER"), response.headers.get("X-CSRF-TOKEN")
                 if header and token:
-                    self._csrf = {header: token}
+                    self.token = {header: token}
                 return _Answer(response.status, body, response.headers.get("Location", "nowhere"))
         except TimeoutError:
             raise RemoteUnavailable(

@@ -44,6 +44,7 @@ from listener.core.session import (
     Limits,
     Refused,
     Resumed,
+    Saved,
     Subscribed,
     SubscriptionRefused,
     Unbroken,
@@ -110,6 +111,8 @@ class Store:
         """How many turns of the event loop each `hear` takes."""
         self.breaks: Exception | None = None
         """Raised by the next `hear`."""
+        self.saved: Saved | None = None
+        """What the line said that its session can be resumed with."""
         self._places: set[tuple[str, int]] = set()
         self._uncommitted: list[Callable[[], None]] = []
         self._changed = asyncio.Event()
@@ -149,6 +152,14 @@ class Store:
                 self.gaps.append(gap._replace(end=now))
         self._changed.set()
 
+    def answered(self, at: datetime, *, took: bool) -> None:
+        """Part of `Hearing`, not looked at here."""
+
+    def keep(self, saved: Saved | None) -> None:
+        """Part of `Hearing`."""
+        self.saved = saved
+        self._changed.set()
+
     def commit(self) -> None:
         """Everything that was heard is durable."""
         waiting, self._uncommitted = self._uncommitted, []
@@ -186,6 +197,7 @@ class Login:
 
     def __init__(self, granted: Mapping[str, str] | None = None, *, refuses: int = 0) -> None:
         self.jar = aiohttp.CookieJar(unsafe=True)
+        self.token: Mapping[str, str] = {}
         self.granted = dict(granted or {})
         self.refuses = refuses
         self.away = 0

@@ -6,10 +6,11 @@ commit: a test may hold transactions open, or take the store away, for some acco
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from listener.core.calls import Cover, Entry, Heard, Recorded
+from listener.core.session import Saved
 from listener.errors import StoreUnavailable
 
 CHANNEL = "/v2/me/calls"
@@ -66,6 +67,7 @@ class MemoryJournal:
         self.batches: list[list[Entry]] = []
         """What was committed, transaction by transaction."""
         self.covers: list[Cover] = []
+        self.sessions: dict[int, Saved] = {}
         self.beats: list[tuple[frozenset[int], datetime]] = []
         self._positions: dict[str, int] = {}
         self._held: set[int] = set()
@@ -100,10 +102,14 @@ class MemoryJournal:
             self.batches.append(fresh)
         return Recorded(tuple(fresh), (), len(entries) - len(fresh))
 
-    async def cover(self, covers: Sequence[Cover]) -> None:
-        """Writes turns of coverage down."""
+    async def cover(self, covers: Sequence[Cover], sessions: Mapping[int, Saved | None]) -> None:
+        """Writes turns of coverage down, and what sessions are resumed with."""
         await self._answer()
         self.covers.extend(covers)
+        for account, saved in sessions.items():
+            self.sessions.pop(account, None)
+            if saved is not None:
+                self.sessions[account] = saved
 
     async def heartbeat(self, accounts: Iterable[int], at: datetime) -> None:
         """Writes a heartbeat down."""
