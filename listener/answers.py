@@ -432,9 +432,7 @@ def _nobody(coverage: Coverage) -> str:
 def _show_rest(coverage: Coverage, out: Console) -> None:
     """What every answer about coverage ends with."""
     if coverage.not_shown:
-        out.print(
-            f"{coverage.not_shown} more accounts, none of them worse, are not shown; --limit shows more"
-        )
+        out.print(f"not shown, and none of them worse: {coverage.not_shown} more; --limit shows more")
     when = "now" if coverage.until == coverage.now else "at the end"
     how = [f"{count} {escape(cause) or 'observed'}" for cause, count in coverage.last.items()]
     out.print(f"{when}: {', '.join(how) or 'all removed'}")
@@ -522,7 +520,7 @@ def _show_gaps(coverage: Coverage, out: Console) -> None:
         out.print(table)
         out.print()
     if len(gaps) > GAPS_SHOWN_MAX:
-        out.print(f"{len(gaps) - GAPS_SHOWN_MAX} more gaps are not shown; -o json has them all")
+        out.print(f"gaps not shown: {len(gaps) - GAPS_SHOWN_MAX} more; -o json has them all")
 
 
 # ── Coverage as a picture ─────────────────────────────────────────────────────────────────────────────

@@ -423,7 +423,7 @@ def test_coverage_now() -> None:
     assert "stalled 59.0 s stalled since 12:01:01\n" in text
     assert "gone north 100 % 0 removed\n" in text
     assert "now: 1 disconnected, 1 stalled\n" in text
-    assert "7 more accounts, none of them worse, are not shown; --limit shows more\n" in text
+    assert "not shown, and none of them worse: 7 more; --limit shows more\n" in text
 
 
 def test_coverage_of_a_time_that_is_over_or_not() -> None:
@@ -465,7 +465,7 @@ def test_coverage_and_its_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "GAPS_SHOWN_MAX", 1)
     text = _shown(show_coverage, coverage, gaps=True)
     assert "agent5002" not in text
-    assert "1 more gaps are not shown; -o json has them all" in text
+    assert "gaps not shown: 1 more; -o json has them all" in text
 
 
 def test_coverage_as_json() -> None:
@@ -623,6 +623,15 @@ def test_json_has_everything() -> None:
     assert found["account"] == "agent5001"
     assert found["call"]["user_data"]["Nested"] == {"a": [1, 2]}
     assert [party["number"] for party in found["call"]["parties"]] == ["5002", "[bold]5003"]
+
+
+def test_json_of_a_call_that_ended_unheard() -> None:
+    """It has no end, and says why it counts as ended; `until` is when that was concluded."""
+    found = _found(settled="inferred: no longer live", ended_at=None)
+    (told,) = json.loads(as_json([Timeline(found, (), 0.5, LATER + timedelta(minutes=3))]))
+    call = told["found"]["call"]
+    assert (call["ended_at"], call["settled"]) == (None, "inferred: no longer live")
+    assert told["until"] == "2026-03-02T12:05:00Z"
 
 
 def test_json_has_raw_messages() -> None:
