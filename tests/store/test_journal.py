@@ -424,26 +424,6 @@ async def test_no_value_can_keep_the_batch_from_being_stored(
     assert (await journal.record([entry])).duplicates == 1
 
 
-async def test_what_cannot_be_stored_at_all_says_why(journal: Journal, sql: asyncpg.Connection) -> None:
-    """An id too long for an index cannot name a call: its message is unrecognised, for that reason."""
-    line = Line()
-    noise = "".join(random.Random(1).choices("0123456789abcdef", k=9000))
-    entries = [
-        *line.call("Ringing"),
-        line.hear(messages.message("Ringing", id=noise)),
-        *line.call("Released"),
-    ]
-
-    recorded = await journal.record(entries)
-
-    assert isinstance(recorded.entries[1].decoded, Unrecognised)
-    reason = await sql.fetchval("SELECT reason FROM notification WHERE reason IS NOT NULL")
-    assert reason.startswith("poisoned: ")
-    assert await sql.fetchval("SELECT state FROM call") == "Released"
-    ids = [row["id"] for row in await sql.fetch("SELECT id FROM notification ORDER BY position")]
-    assert ids == sorted(ids)
-
-
 async def test_anomalies_are_stored_with_their_call_or_without(
     journal: Journal, sql: asyncpg.Connection
 ) -> None:
