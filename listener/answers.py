@@ -33,6 +33,7 @@ from listener.store.history import (
     Timeline,
     Watched,
 )
+from listener.store.spool import SpoolReport
 
 WIDTH_ELSEWHERE = 200
 """Columns where standard output is no terminal: wide enough that nothing useful is left out."""
@@ -62,10 +63,10 @@ def console(width: int | None = None) -> Console:
     return found if found.is_terminal else Console(highlight=False, width=WIDTH_ELSEWHERE)
 
 
-def as_json(answer: Page | Coverage | Iterable[Timeline]) -> str:
+def as_json(answer: Page | Coverage | SpoolReport | Iterable[Timeline]) -> str:
     """Give an answer whole, as indented JSON. A raw message is text where it is UTF-8, else base64."""
     told: Any = msgspec.to_builtins(
-        answer if isinstance(answer, Page | Coverage) else list(answer), builtin_types=(bytes,)
+        answer if isinstance(answer, Page | Coverage | SpoolReport) else list(answer), builtin_types=(bytes,)
     )
     return msgspec.json.format(msgspec.json.encode(_with_text(told)), indent=2).decode()
 
@@ -663,3 +664,40 @@ def _marks(since: datetime, until: datetime, count: int) -> Iterator[tuple[int, 
             form = "%m-%d" if mark.time() == time() else "%H:%M:%S" if step_s < 60 else "%H:%M"
             yield int((at - since) * count / (until - since)), mark.strftime(form)
         mark += timedelta(seconds=step_s)
+
+
+# ── The spool ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def show_spool(report: SpoolReport, out: Console) -> None:
+    """Print what lies in the spool, segment by segment, whose it is, and what of it is damaged."""
+    use = "a listener uses it" if report.in_use else "no listener uses it now"
+    if not report.exists:
+        out.print(f"{escape(report.directory)}: there is none, so nothing waits on disk", overflow="fold")
+        return
+    out.print(f"{escape(report.directory)}: {use}", overflow="fold")
+    if report.segments:
+        titles = ("segment", "records", "notifications", "bytes", "oldest", "newest", "damaged")
+        table = _table(*titles, right=("records", "notifications", "bytes", "damaged"))
+        for each in report.segments:
+            table.add_row(
+                each.name.removesuffix(".spool").lstrip("0"),
+                str(each.records),
+                str(each.notifications),
+                str(each.size_bytes),
+                _local(each.oldest) if each.oldest else "",
+                _local(each.newest) if each.newest else "",
+                f"[red]{each.damaged}[/]" if each.damaged else "",
+            )
+        out.print(table)
+    for account, notifications in report.accounts.items():
+        out.print(f"account {account} in the database: {notifications} notifications")
+    torn_bytes = sum(each.torn_bytes for each in report.segments)
+    if torn_bytes:
+        out.print(f"{torn_bytes} bytes at the end are half a record: it is being written, or a crash cut it")
+    for name, size_bytes in report.set_aside.items():
+        out.print(f"[red]set aside as damaged:[/] {escape(name)}, {size_bytes} bytes", overflow="fold")
+    if report.damaged or report.set_aside:
+        out.print("damaged records are not stored: look at the disk, keep the .damaged files for support")
+    what = "nothing" if not report.notifications else f"{report.notifications} notifications"
+    out.print(f"{what} on disk that the database does not have yet, {report.size_bytes} bytes")

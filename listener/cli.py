@@ -488,6 +488,19 @@ def _coverage(options: argparse.Namespace) -> int:
     return OK if coverage.accounts else NEGATIVE
 
 
+def _spool(options: argparse.Namespace) -> int:
+    from listener.answers import as_json, console, show_spool
+    from listener.store.spool import inspect
+
+    report = inspect(_settings(options).spool_directory())
+    if options.output == "json":
+        print(as_json(report))
+    else:
+        show_spool(report, console())
+    damaged = bool(report.damaged or report.set_aside)
+    return NEGATIVE if options.verify and damaged else OK
+
+
 # ── The daemon, the simulator, the demo ───────────────────────────────────────────────────────────────
 
 
@@ -728,6 +741,19 @@ def parser() -> argparse.ArgumentParser:
     )
 
     _questions(command)
+
+    spool = command(
+        "spool",
+        _spool,
+        "show what was heard and waits on disk, because the database is or was away",
+        "It may be asked while the listener runs, and changes nothing. Every checksum is read. Accounts are\n"
+        "told by their ids in the database, which need not answer.\n\n"
+        "examples:\n"
+        "  listener spool\n"
+        "  listener spool --verify -o json    exit code 1 if a record is damaged or was set aside\n",
+    )
+    spool.add_argument("--verify", action="store_true", help="exit code 1 if anything is damaged")
+    spool.add_argument("-o", "--output", choices=("table", "json"), default="table", help="how (table)")
 
     database = command(
         "db",

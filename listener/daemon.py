@@ -37,13 +37,14 @@ from listener.coverage import REFUSED, SNAPSHOTS_AT_ONCE_MAX, UP, Ledger, Watch
 from listener.errors import ListenerError, SettingsError, StoreError, StoreUnavailable
 from listener.metrics import Metrics
 from listener.operations import Operations
-from listener.pipeline import WRITERS, Pipeline
+from listener.pipeline import WRITERS, Pipeline, Spooling
 from listener.probe import Probe
 from listener.settings import Account, Environment, Log, Settings
 from listener.store import migrate
 from listener.store.claim import Claim
 from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
+from listener.store.spool import Spool
 
 BROKEN_S = 60.0
 """How long an account rests after something broke in its task that should not."""
@@ -60,6 +61,12 @@ CONNECTIONS = WRITERS + 1
 
 CLOSE_S = 2.0
 """How long the database may take to say goodbye; one that hangs never does."""
+
+SECURE_S = 5.0
+"""At a stop without a store: how long what waits may take to get into the spool."""
+
+SPOOL_SHOWN_S = 5.0
+"""How often the log says how far the spool is drained."""
 
 PARTITIONS_S = 24 * 3600.0
 """How often the partitions of the months to come are made."""
@@ -114,9 +121,12 @@ class _Line(Line):
 class _Eyes:
     """Counts what the pipeline and the watches do: joins their observers to the metrics."""
 
-    def __init__(self, metrics: Metrics, wall: Callable[[], datetime]) -> None:
+    def __init__(self, metrics: Metrics, wall: Callable[[], datetime], clock: Callable[[], float]) -> None:
         self._metrics = metrics
         self._wall = wall
+        self._clock = clock
+        self._spool = Spooling(0, 0, None, 0, 0, "")
+        self._spool_shown = -SPOOL_SHOWN_S
         self._log = structlog.get_logger()
         self._failing = False
         self.handshake = metrics.handshake
@@ -140,6 +150,36 @@ class _Eyes:
         if not self._failing:
             self._failing = True
             self._log.error("the store does not answer; nothing is acknowledged meanwhile", error=str(error))
+
+    def spooling(self, now: Spooling) -> None:
+        """Something about the spool changed."""
+        before, self._spool = self._spool, now
+        self._metrics.spool(
+            notifications=now.notifications,
+            size_bytes=now.size_bytes,
+            oldest=now.oldest,
+            drained=now.drained - before.drained,
+            set_aside=now.set_aside - before.set_aside,
+            full=bool(now.trouble),
+        )
+        if now.trouble and now.trouble != before.trouble:
+            self._log.error("the spool takes no more; sessions wait", error=now.trouble)
+        if now.set_aside > before.set_aside:
+            self._log.error(
+                "damaged in the spool and set aside: `listener spool` shows where", deliveries=now.set_aside
+            )
+        if now.notifications and not before.notifications:
+            self._log.warning("what waits for the store is kept in the spool")
+        ended = before.notifications > 0 and not now.notifications
+        moved = now.drained > before.drained or now.notifications > before.notifications
+        if ended or (moved and self._clock() - self._spool_shown >= SPOOL_SHOWN_S):
+            self._spool_shown = self._clock()
+            self._log.info(
+                "the spool is drained" if ended else "spool",
+                notifications=now.notifications,
+                bytes=now.size_bytes,
+                drained=now.drained,
+            )
 
 
 class Daemon:
@@ -176,7 +216,7 @@ class Daemon:
         self._turn = asyncio.Semaphore(SNAPSHOTS_AT_ONCE_MAX)
         self._starting = "starting"
         self._metrics = Metrics()
-        self._eyes = _Eyes(self._metrics, wall)
+        self._eyes = _Eyes(self._metrics, wall, clock)
         self._pipeline: Pipeline | None = None
         self._ledger: Ledger | None = None
         self._retiring: dict[int, datetime] = {}
@@ -217,8 +257,21 @@ class Daemon:
                 journal = await self._until_there(lambda: Journal.open(dsn, connections=CONNECTIONS))
                 if journal is not None:
                     stack.push_async_callback(_close, journal)
-                    await self._listen(journal, operations.port)
+                    spool = await asyncio.to_thread(self._open_spool)
+                    stack.callback(spool.close)
+                    await self._listen(journal, spool, operations.port)
                 holding.cancel()
+
+    def _open_spool(self) -> Spool:
+        spool = Spool.open(self.settings.spool_directory(), bytes_max=self.settings.limits.spool_bytes_max)
+        if spool.torn_bytes:
+            self._log.info("the spool's end, which a crash cut short, was removed", bytes=spool.torn_bytes)
+        if spool.damaged:
+            self._log.error(
+                "damaged in the spool and set aside: `listener spool` shows where", stretches=spool.damaged
+            )
+            self._metrics.spool_damaged(spool.damaged)
+        return spool
 
     @asynccontextmanager
     async def _store(self) -> AsyncIterator[str]:
@@ -270,10 +323,15 @@ class Daemon:
             except StoreUnavailable:
                 await asyncio.sleep(STORE_RETRY_S)
 
-    async def _listen(self, journal: Journal, port: int) -> None:
+    async def _listen(self, journal: Journal, spool: Spool, port: int) -> None:
         limits = self.settings.limits
         pipeline = self._pipeline = Pipeline(
-            journal, self._eyes, batch_max=limits.batch_max, backlog_bytes_max=limits.backlog_bytes_max
+            journal,
+            self._eyes,
+            spool=spool,
+            spooling=self._eyes.spooling,
+            batch_max=limits.batch_max,
+            backlog_bytes_max=limits.backlog_bytes_max,
         )
         ledger = self._ledger = Ledger(journal)
         async with asyncio.TaskGroup() as tasks:
@@ -282,6 +340,8 @@ class Daemon:
             upkeep = tasks.create_task(self._upkeep(journal), name="upkeep")
             probing = tasks.create_task(self._probe(journal), name="probe")
             works = _Works(journal, pipeline, ledger, tasks)
+            # Sessions go on from what is committed: what the spool has of them must be, before they do.
+            await self._until_stopped(pipeline.drain())
             await self._until_stopped(self._follow_first(works))
             closing = tasks.create_task(self._closer(journal, pipeline).run(), name="closer")
             if not self._stopping.is_set():
@@ -326,9 +386,13 @@ class Daemon:
                 await works.ledger.drain()
                 await self._retire(works)
         except (TimeoutError, StoreUnavailable):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SECURE_S):
+                    await works.pipeline.secure()
             self._log.error(
                 "not everything could be stored in time; what was not is not acknowledged",
                 notifications=works.pipeline.backlog_notifications,
+                in_the_spool=works.pipeline.spooled_notifications,
                 stop_s=stop_s,
             )
 
@@ -567,6 +631,8 @@ class Daemon:
         stores = [each.available for each in (self._pipeline, self._ledger) if each is not None]
         if not all(stores):
             reasons.append("the database does not answer")
+        if self._pipeline is not None and self._pipeline.spool_trouble:
+            reasons.append(self._pipeline.spool_trouble)
         troubled = [running for running in self._accounts.values() if running.watch.state != UP]
         reasons.extend(
             f"{running.settings.name}: {running.watch.trouble or 'not subscribed yet'}"

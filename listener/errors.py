@@ -6,7 +6,8 @@
     ├── SettingsError            a setting is wrong; names the file, the key and what to write instead
     ├── StoreError               the database refused or is not as it must be
     │   ├── StoreUnavailable     it may answer later: retry (connection, start-up, failover, read-only)
-    │   └── SchemaOutdated       the schema is not the one this version needs: `listener db upgrade`
+    │   ├── SchemaOutdated       the schema is not the one this version needs: `listener db upgrade`
+    │   └── SpoolFull            the spool takes no more now: nothing is dropped, we stop asking
     └── RemoteError              an outside party refused us
         ├── LoginRefused         the credentials are wrong: no retry helps, a person must act
         └── RemoteUnavailable    it may answer later: retry
@@ -34,6 +35,10 @@ class StoreUnavailable(StoreError):
 
 class SchemaOutdated(StoreError):
     """The schema is not the one that this version needs; `listener db upgrade` mends it."""
+
+
+class SpoolFull(StoreError):
+    """The spool takes no more now (its bound, the disk, another process); it may later."""
 
 
 class RemoteError(ListenerError):

@@ -170,6 +170,19 @@ class Metrics:
         self._backlog_bytes = gauge(
             "listener_backlog_bytes", "Bytes of the messages heard and not yet committed."
         )
+        self._spool_notifications = gauge(
+            "listener_spool_notifications", "Messages in the spool on disk, not yet committed."
+        )
+        self._spool_bytes = gauge("listener_spool_bytes", "Bytes of the spool on disk.")
+        self._spool_oldest = gauge(
+            "listener_spool_oldest_timestamp_seconds",
+            "About when the oldest message in the spool was received; 0 where there is none.",
+        )
+        self._spool_full = gauge("listener_spool_full", "1 while the spool takes no more, else 0.")
+        self._spool_drained = counter("listener_spool_drained", "Messages committed from the spool.")
+        self._spool_set_aside = counter(
+            "listener_spool_set_aside", "Records of the spool that were damaged, and set aside."
+        )
         self._accounts = gauge("listener_accounts", "Accounts configured.")
         self._last_commit = gauge(
             "listener_last_commit_timestamp_seconds", "When a batch was last committed."
@@ -297,6 +310,28 @@ class Metrics:
         """Say how much was heard and is not yet committed."""
         self._backlog.set(notifications)
         self._backlog_bytes.set(size_bytes)
+
+    def spool(
+        self,
+        *,
+        notifications: int,
+        size_bytes: int,
+        oldest: datetime | None,
+        drained: int,
+        set_aside: int,
+        full: bool,
+    ) -> None:
+        """Say what is in the spool, and add what was drained and set aside since it was last said."""
+        self._spool_notifications.set(notifications)
+        self._spool_bytes.set(size_bytes)
+        self._spool_oldest.set(oldest.timestamp() if oldest is not None else 0)
+        self._spool_full.set(full)
+        self._spool_drained.inc(drained)
+        self._spool_set_aside.inc(set_aside)
+
+    def spool_damaged(self, count: int) -> None:
+        """Count what was found damaged in the spool at the start."""
+        self._spool_set_aside.inc(count)
 
     def accounts(self, count: int) -> None:
         """Say how many accounts are configured."""

@@ -76,6 +76,9 @@ class Store(_Section):
         description='a PostgreSQL address, "postgresql://user@host/database"; none means the bundled server',
     )
     data_dir: Path = Field(Path("listener-data"), description="the directory of the bundled server")
+    spool_dir: Path | None = Field(
+        None, description="the directory for what is heard while the database is away"
+    )
 
     @field_validator("dsn")
     @classmethod
@@ -171,6 +174,11 @@ class Limits(_Section):
         ge=2**16,
         description="bytes heard and not yet stored, at least 65536, before we stop asking for more",
     )
+    spool_bytes_max: int = Field(
+        2**30,
+        ge=2**20,
+        description="bytes on disk of what is heard while the database is away, at least 1048576",
+    )
     delivery_bytes_max: int = Field(
         16 * 2**20,
         ge=2**10,
@@ -243,6 +251,20 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take what `load` merged and nothing else: it keeps where each value came from."""
         return (init_settings,)
+
+    def spool_directory(self, environ: Mapping[str, str] = os.environ) -> Path:
+        """Where the spool is: as set, else beside the bundled server's directory, else the state directory
+        that systemd or XDG names."""
+        if self.store.spool_dir is not None:
+            return self.store.spool_dir
+        if self.store.dsn is None:
+            return self.store.data_dir.with_name(f"{self.store.data_dir.name}-spool")
+        # systemd.exec(5): several are joined by colons. XDG Base Directory: relative ones are ignored.
+        if given := environ.get("STATE_DIRECTORY", "").partition(":")[0]:
+            return Path(given) / "spool"
+        state = environ.get("XDG_STATE_HOME", "")
+        home = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
+        return home / "listener" / "spool"
 
     def environment(self, account: Account) -> Environment:
         """Give the environment of `account`; `load` has checked that there is one."""

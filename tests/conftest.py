@@ -6,6 +6,7 @@ The fixtures themselves are in `tests/support`, one module per outside thing.
 import inspect
 import os
 from collections.abc import AsyncIterator, Generator, Iterator
+from uuid import uuid4
 
 import pytest
 
@@ -28,6 +29,14 @@ __all__ = [
     "tcp_proxy",
     "template",
 ]
+
+
+@pytest.fixture(autouse=True)
+def own_state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a listener with a DSN keeps for itself belongs to the test, also in its children. Nothing is made
+    before it is needed."""
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / uuid4().hex))
 
 
 _LEFT = pytest.StashKey[list[str]]()

@@ -32,10 +32,11 @@ from listener.errors import (
     StoreUnavailable,
 )
 from listener.store.journal import AccountRow, Journal
+from listener.store.spool import Spool
 
 NOON = datetime(2026, 3, 2, 12, tzinfo=UTC)
 
-COMMANDS = ("run", "demo", "simulate", "decode", "calls", "call", "coverage", "db", "check-config")
+COMMANDS = ("run", "demo", "simulate", "decode", "calls", "call", "coverage", "spool", "db", "check-config")
 
 
 @pytest.fixture(autouse=True)
@@ -788,3 +789,51 @@ def test_questions_to_an_empty_database(
     code, out, said = _run(capsys, *question, "--set", f"store.dsn={empty_database}")
     assert (code, out) == (cli.STORE, "")
     assert "listener db upgrade" in said
+
+
+# ── The spool ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _said(account: int, count: int) -> list[Heard]:
+    return [Heard(account, f"s{account}", at, NOON, "/v2/me/calls", b"{}") for at in range(1, count + 1)]
+
+
+def test_spool_says_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which is how it should be, and is no failure; it says where it looked."""
+    code, out, _ = _run(capsys, "spool", "--verify")
+    assert code == 0
+    assert "listener-data-spool: there is none" in out
+
+
+def test_spool_shows_what_waits_and_for_whom(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Segments, accounts, and that a listener uses it; the same as JSON."""
+    spool = Spool.open(tmp_path / "listener-data-spool")
+    spool.append([_said(1, 2), _said(7, 3)])
+    code, out, _ = _run(capsys, "spool")
+    assert code == 0
+    assert "a listener uses it" in out
+    assert "account 7 in the database: 3 notifications" in out
+    assert "5 notifications on disk that the database does not have yet" in out
+    spool.close()
+    code, out, _ = _run(capsys, "spool", "--verify", "-o", "json")
+    told = json.loads(out)
+    assert (code, told["in_use"], told["notifications"], told["accounts"]) == (0, False, 5, {"1": 2, "7": 3})
+
+
+def test_spool_verify_is_1_when_a_record_is_damaged(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Before it was set aside and afterwards; without --verify it is said all the same."""
+    spool = Spool.open(tmp_path / "listener-data-spool")
+    spool.append([_said(1, 2)])
+    spool.close()
+    (path,) = (tmp_path / "listener-data-spool").glob("*.spool")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert _run(capsys, "spool", "--verify")[0] == 1
+    Spool.open(tmp_path / "listener-data-spool").close()
+    code, out, _ = _run(capsys, "spool", "--verify")
+    assert code == 1
+    assert "set aside as damaged: 000000000001-40.damaged" in out
+    assert _run(capsys, "spool")[0] == 0

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import asyncpg
 import pytest
 
 from listener.core.calls import Outcome
+from listener.daemon import Daemon
 from listener.errors import SettingsError, StoreError
 from listener.settings import Settings, Store
 from listener.simulator.centre import Simulator
@@ -51,14 +53,24 @@ def differ(simulator: Simulator, before: dict[str, set[str]], count: int) -> boo
     return sum(now[login] != before[login] for login in before) == count
 
 
+def troubled(daemon: Daemon, reason: str) -> bool:
+    """Whether this is among the reasons why it is not ready."""
+    return any(each.startswith(reason) for each in daemon.not_ready())
+
+
+async def empty(listener: InProcess) -> bool:
+    """Whether its spool is drained."""
+    return await listener.metric("listener_spool_notifications") == 0
+
+
 async def causes(sql: asyncpg.Connection, name: str) -> list[str]:
-    """The causes of an account's coverage that lasted any time, in order; "" is observed."""
+    """The causes of an account's coverage that lasted any time, in order, without repeats; "" is observed."""
     rows = await sql.fetch(
         "SELECT cause FROM coverage c JOIN account a ON a.id = c.account_id"
         " WHERE a.name = $1 AND until IS DISTINCT FROM since ORDER BY since, c.id",
         name,
     )
-    return [row[0] for row in rows]
+    return [cause for cause, _ in groupby(row[0] for row in rows)]
 
 
 # ── What it is for ────────────────────────────────────────────────────────────────────────────────────
@@ -489,12 +501,12 @@ async def test_ready_names_the_database_and_the_accounts_that_are_not_up(
 
 
 @pytest.mark.parametrize("ack", [True, False])
-async def test_an_outage_of_the_database_costs_a_session_that_acknowledges_nothing_but_time(
+async def test_an_outage_of_the_database_costs_nothing_but_time(
     fragile: Fragile, fragile_database: str, ack: bool
 ) -> None:
-    """PostgreSQL is away for longer than the server keeps a silent session. One that acknowledges keeps
-    itself alive: nothing is missing, and there is no gap. Without acknowledgements the backlog fills up to
-    its bound, the session waits and is lost, and what that cost lies in a gap."""
+    """PostgreSQL is away for longer than the server keeps a silent session, and more is said than memory may
+    hold. A session that acknowledges keeps itself alive; what one without has heard goes to the spool, and
+    is committed afterwards: nothing is missing, there is no gap, and the spool is empty."""
     limits = {"backlog_bytes_max": 2**16, "batch_max": 50}
     async with centre(accounts=12, max_interval_ms=1500, rate=1500.0, ack=ack) as simulator:
         settings = settings_for(simulator, fragile_database, limits=limits)
@@ -502,6 +514,39 @@ async def test_an_outage_of_the_database_costs_a_session_that_acknowledges_nothi
             before = sessions(simulator)
             async with fragile.away():
                 await simulator.play(seconds=3)
+                spooled = await listener.metric("listener_spool_notifications")
+            await until(listener.ready)
+            await simulator.finish()
+            await simulator.drained()
+            assert differ(simulator, before, 0)
+            await until(partial(empty, listener))
+            drained = await listener.metric("listener_spool_drained_total")
+        truth = simulator.truth()
+    report = (await compare(fragile_database, truth, acknowledged=ack)).check()
+    assert report.missing == 0
+    assert drained >= spooled > (0 if ack else 1000)
+    assert list(settings.spool_directory().glob("*.spool")) == []
+
+
+@pytest.mark.parametrize("ack", [True, False])
+async def test_an_outage_without_a_spool_costs_a_session_that_acknowledges_nothing_but_time(
+    fragile: Fragile, fragile_database: str, ack: bool
+) -> None:
+    """PostgreSQL is away for longer than the server keeps a silent session, and the spool cannot be written.
+    One that acknowledges keeps itself alive: nothing is missing, and there is no gap. Without
+    acknowledgements the backlog fills up to its bound, the session waits and is lost, and what that cost
+    lies in a gap."""
+    limits = {"backlog_bytes_max": 2**16, "batch_max": 50}
+    async with centre(accounts=12, max_interval_ms=1500, rate=1500.0, ack=ack) as simulator:
+        settings = settings_for(simulator, fragile_database, limits=limits)
+        store = Store(dsn=settings.store.dsn, spool_dir=Path("/dev/null/spool"))
+        settings = settings.model_copy(update={"store": store})
+        async with InProcess(settings).running() as listener:
+            before = sessions(simulator)
+            async with fragile.away():
+                await simulator.play(seconds=3)
+                if not ack:
+                    await until(partial(troubled, listener.daemon, "The spool in /dev/null/spool cannot"))
                 backlog = await listener.metric("listener_backlog_bytes")
                 assert "the database does not answer" in listener.daemon.not_ready()
             await until(partial(differ, simulator, before, 0 if ack else 12))
