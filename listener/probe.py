@@ -7,10 +7,11 @@ has open, and differs again a little later with nothing heard in between, the se
 a gap with the cause "stalled", which begins with the last moment that can be vouched for, and the snapshot of
 the next session closes and opens what was missed.
 
-What a probe cannot know: a call that began and ended between two probes leaves no trace in either list. An
-account without calls agrees, deaf or not; it is found out by the first call that lasts from one probe to the
-next. A list that does not come, or does not claim to be complete, proves nothing; nor does one that differs
-each time in something else. An agreement writes nothing to the journal.
+What a probe cannot know: a call that began and ended between two probes leaves no trace in either list, nor
+does a message that changed neither a call's state nor its being there; and where the list after it agreed,
+it lies before the gap. An account without calls agrees, deaf or not; it is found out by the first call that
+lasts from one list to the next. A list that does not come, or does not claim to be complete, proves nothing;
+nor does one that differs each time in something else. An agreement writes nothing to the journal.
 
 What is a difference is decided in `listener.core.probe`, since when an account was deaf in
 `listener.coverage`. Nothing here speaks SQL or HTTP: the protocols below say what is needed of both.
@@ -170,13 +171,14 @@ class Probe:
         self._observer.probe(result)
         if result != FAILED:
             self._failing.discard(one)
-        elif one not in self._failing:
+        elif why and one not in self._failing:
             # Once, not each time: a contact centre without REST has thousands of accounts.
             self._failing.add(one)
             self._log.warning("probe failed", account=one.name, error=why)
 
     async def _probe(self, one: Listened) -> tuple[str, str]:
-        """Looks until two lists agree about what is wrong, or one with what was heard; and why it failed."""
+        """Looks until two lists agree about what is wrong, or one with what was heard; and why it failed, if
+        that is not said elsewhere."""
         stretch = one.stretch
         before: list[Difference] = []
         by: datetime | None = None
@@ -186,7 +188,7 @@ class Probe:
             heard, listed = await one.live()
             found = differences(await self._journal.open_calls([one.account]), heard, listed)
             if stretch is None or one.stretch != stretch:
-                return FAILED, "the session changed meanwhile"
+                return FAILED, ""  # its own gap, or its end, says more
             if not found:
                 # The list was made between the question and its answer: it vouches up to the question, and
                 # shows what was said before the answer.

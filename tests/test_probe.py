@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 
 from listener.core.calls import Call, Heard, Snapshot, Source
 from listener.core.decode import decode
@@ -280,6 +281,24 @@ async def test_a_probe_that_breaks_is_counted_and_comes_again(asking: Asking, tr
         await asking.clock.advance(2 * EVERY_S)
     assert sorted(asking.results) == ["agreed", "agreed", "agreed", "failed"]
     assert (len(place.agreements), len(other.agreements)) == (1, 2)
+
+
+async def test_a_probe_that_fails_is_said_once(asking: Asking) -> None:
+    """Each account once, until it has succeeded: a contact centre without REST has thousands of them. What a
+    gap has said is not said again."""
+    away = RemoteUnavailable("no answer")
+    failing, ending = asking.place(away, away, listed(), away), asking.place()
+
+    def ends() -> None:
+        ending.stretch = None
+
+    ending.meanwhile = ends
+    with capture_logs() as logs:
+        async with asking.running():
+            await asking.clock.advance(4 * EVERY_S)
+    said = [(line["event"], line["account"], line["error"]) for line in logs]
+    assert said == [("probe failed", failing.name, "no answer")] * 2
+    assert sorted(asking.results) == ["agreed"] + ["failed"] * 4
 
 
 async def test_a_store_that_does_not_answer_fails_the_probe(asking: Asking) -> None:
