@@ -1,6 +1,7 @@
 # Needs python3 (3.11 or newer) with pip, and make. All else is fetched into .venv and tests/peers/node_modules.
 #   PYTHON=python3.12 make test     another interpreter
 #   DEMO_SECONDS=20 make demo       a demo that ends by itself and checks itself
+#   SOAK_MINUTES=30 SOAK_SEED=7 make soak   also SOAK_ACCOUNTS (20), SOAK_RATE (30 notifications a second)
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ PEERS := tests/peers/node_modules/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check style types contracts tests bench clean
+.PHONY: help install demo test check style types contracts tests bench soak clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +45,9 @@ tests: $(INSTALLED) $(PEERS)
 
 bench: $(INSTALLED) ## the performance promises, a JSON line each
 	@$(BIN)/python -m benchmarks
+
+soak: $(INSTALLED) ## everything goes wrong for SOAK_MINUTES (10), from SOAK_SEED; ends with a figure line
+	@$(BIN)/python -m tests.soak
 
 clean: ## removes what make made here
 	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache tests/peers/node_modules

@@ -3,8 +3,9 @@
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -12,12 +13,15 @@ from random import Random
 import asyncpg
 import pytest
 
+from listener.settings import load
 from listener.simulator.centre import Simulator
-from listener.simulator.scripts import Dialect
+from listener.simulator.scripts import Dialect, Quirks
 from listener.simulator.settings import SimulatorSettings
 from listener.store.embedded import Embedded
+from tests.support import killing
+from tests.support.killing import Point
 from tests.support.outage import uncommitted
-from tests.support.running import Centre, Child, child, configuration, short_place, until
+from tests.support.running import Centre, Child, InProcess, child, configuration, short_place, until
 from tests.support.truth import compare
 
 RATE = 600.0
@@ -189,3 +193,100 @@ async def test_a_child_is_reloaded_and_says_everything_in_json(database: str, tm
         assert len(listener.said()) == len(text.splitlines())
         assert "simulated" not in text
         assert second
+
+
+# ── Killed at each point between a delivery and its acknowledgement ────────────────────────────────────
+
+RESUMES = False
+"""Whether a session goes on after a restart within the server's maxInterval. Then nothing may be missing at
+all; else what was not acknowledged is missing, inside a gap."""
+NO_POINTS = {"journal._RESERVE"}
+"""Statements of a batch after which nothing is otherwise than before: numbers are set aside."""
+POINTS_RATE = 300.0
+POINT_s = 20.0
+"""How long it may take to come to a point."""
+BURST = 1200
+"""Notifications of a burst, over all accounts: enough for a batch that is written by COPY."""
+
+
+@asynccontextmanager
+async def pointed(simulator: Simulator, database: str, config: Path, point: Point) -> AsyncIterator[Child]:
+    """The command, watched: it kills itself at the point; with "none" it lives as long as the block."""
+    centre = Centre("lab", simulator, "websocket = true" if point.websocket else "")
+    await asyncio.to_thread(config.write_text, configuration(f'dsn = "{database}"', centre))
+    command = (sys.executable, killing.__file__, point.name, str(point.passing))
+    async with child(config, command=command, up=False) as listener:
+        yield listener
+
+
+@asynccontextmanager
+async def played_for(point: Point, simulator: Simulator) -> AsyncIterator[None]:
+    """The traffic that passes a point."""
+    async with played(simulator):
+        if point.burst:
+            await until(lambda: sent(simulator) >= 100)
+            burst = simulator.prepare_burst(BURST)
+            simulator.gws.calls.extend(burst.calls)
+            for login, messages in burst.messages.items():
+                for message in messages:
+                    simulator.gws.publish(simulator.accounts[login], message)
+        yield
+
+
+def told(listener: Child, event: str) -> set[str]:
+    """What the watched command said of the points."""
+    return {line["what"] for line in listener.said() if line["event"] == event}
+
+
+def point_settings() -> SimulatorSettings:
+    """A centre for one point. Its quirks make what is rare come soon."""
+    return SimulatorSettings(
+        accounts=4,
+        rate=POINTS_RATE,
+        max_interval_ms=10_000 if RESUMES else 500,
+        sweep_period_ms=100,
+        quirks=Quirks(unknown=0.2),
+        seed=7,
+    )
+
+
+@pytest.mark.parametrize("point", killing.POINTS, ids=lambda point: point.name)
+async def test_killed_at_a_point_it_loses_and_doubles_nothing(
+    database: str, tmp_path: Path, point: Point
+) -> None:
+    """SIGKILL exactly there, under traffic, and an ordinary start: everything is stored once, or in a gap."""
+    config = tmp_path / "listener.toml"
+    async with (
+        Simulator(point_settings()) as simulator,
+        pointed(simulator, database, config, point) as listener,
+        AsyncExitStack() as stack,
+    ):
+        async with played_for(point, simulator):
+            async with asyncio.timeout(POINT_s):
+                assert await listener.process.wait() == -signal.SIGKILL
+            assert told(listener, killing.KILLED_AT) == {point.name}
+            ordinary = await stack.enter_async_context(InProcess(load(config)).running())
+        await ordinary.stop()
+        truth = simulator.truth()
+    report = (await compare(database, truth, name=Centre("lab", simulator).account)).check()
+    assert report.stored > 0
+    if RESUMES:
+        assert report.missing == 0
+
+
+async def test_every_point_is_passed_and_every_statement_is_one(database: str, tmp_path: Path) -> None:
+    """Left alive, the watched command passes all points but those of the other transport, and a batch makes
+    no statement that is none: what is added to the way of a delivery is added to the points."""
+    none = Point("none", "", killing.Moment.BEFORE, burst=True)
+    expected = {point.name for point in killing.POINTS if not point.websocket}
+    async with (
+        Simulator(point_settings()) as simulator,
+        pointed(simulator, database, tmp_path / "listener.toml", none) as listener,
+    ):
+        await until(listener.ready)
+        async with played_for(none, simulator):
+            with suppress(TimeoutError):  # what is missing is told below
+                await until(lambda: told(listener, killing.PASSED) == expected)
+        assert await listener.stop() == 0
+        assert told(listener, killing.PASSED) == expected
+        assert told(listener, killing.STATED) - {point.where for point in killing.POINTS} == NO_POINTS

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,8 +147,9 @@ class InProcess(_Pages):
         return asyncio.get_running_loop().time() - began
 
 
-def configuration(store: str, *centres: "Centre", limits: str = "") -> str:
-    """A listener.toml for all accounts of these centres; `store` is the line of the [store] section."""
+def configuration(store: str, *centres: "Centre", limits: str = "", without: Collection[str] = ()) -> str:
+    """A listener.toml for all accounts of these centres but those `without`, by their names; `store` is the
+    line of the [store] section."""
     parts = [f"[store]\n{store}\n[operations]\nport = 0\n[limits]\n{limits}\n"]
     for centre in centres:
         base_url = centre.simulator.url
@@ -157,6 +158,7 @@ def configuration(store: str, *centres: "Centre", limits: str = "") -> str:
             f'[[accounts]]\nenvironment = "{centre.name}"\nlogin = "{login}"\n'
             f'name = "{centre.account(login)}"\npassword = "simulated"\n'
             for login in centre.simulator.accounts
+            if centre.account(login) not in without
         ]
     return "".join(parts)
 
@@ -191,7 +193,7 @@ class Child(_Pages):
         assert self._process is not None
         return self._process
 
-    async def start(self, *, up: bool = True) -> None:
+    async def start(self, *, up: bool = True, within_s: float = READY_s) -> None:
         """Starts it; waits until it listens and, with `up`, until it is ready."""
         self.starts += 1
         self._read = self.log.stat().st_size if self.log.exists() else 0
@@ -207,9 +209,9 @@ class Child(_Pages):
                 env={k: v for k, v in os.environ.items() if not k.startswith("LISTENER_")},
                 process_group=0,
             )
-        await until(self._listens, READY_s)
+        await until(self._listens, within_s)
         if up:
-            await until(self.ready)
+            await until(self.ready, within_s)
 
     def said(self) -> list[dict[str, Any]]:
         """Everything that the process that was started last has logged."""
@@ -237,11 +239,11 @@ class Child(_Pages):
             self.process.kill()
         await self.process.wait()
 
-    async def stop(self) -> int:
+    async def stop(self, within_s: float = STOP_s) -> int:
         """Asks it to stop; gives its exit code."""
         if self.process.returncode is None:
             self.signal(signal.SIGTERM)
-        async with asyncio.timeout(STOP_s):
+        async with asyncio.timeout(within_s):
             return await self.process.wait()
 
 
@@ -251,11 +253,13 @@ def short_place() -> Path:
 
 
 @asynccontextmanager
-async def child(config: Path) -> AsyncIterator[Child]:
+async def child(
+    config: Path, *, command: Sequence[str] = (sys.executable, "-m", "listener"), up: bool = True
+) -> AsyncIterator[Child]:
     """A child that is started, and that is gone after the block."""
-    made = Child(config)
+    made = Child(config, command=command)
     try:
-        await made.start()
+        await made.start(up=up)
         yield made
     finally:
         if made._process is not None:
