@@ -1,0 +1,521 @@
+"""Why dials fail more than before: which group of dials the rise is in.
+
+Two periods are compared. Each is given as tallies: how many dials with the same system, account, device,
+caller id, campaign, beginning of the number, outcome and cause. Out of them come the groups with the most
+failures, and one explanation: the smallest group of dials that holds the rise.
+
+How a group is scored, in plain words. A group is a handful of conditions ("account ann, number 2787…"), with
+a kind of failure: any, one outcome, or one outcome with its raw cause. Before, a certain share of its dials
+failed in that way. Its score says how surprised one must be, if nothing had changed, to see as many failures
+as now: the log of how much likelier the figures are with a share of their own for each period than with one
+share for both. So a score is high if many dials are concerned *and* their share rose much. Too wide a group
+scores less, since it takes in dials that fail as ever; too narrow a one scores less, since it leaves failures
+out. Each condition must earn `CONDITION_COST` points, because among many groups some are high by chance; and
+the winner must pass `SCORE_MIN` and the log of the number of groups tried, else there is no rise. Of groups
+that are the very same dials the one with the fewest conditions is named, and a longer beginning of a number
+before a shorter; whatever else its failures have in common is said beside it.
+
+A group that hardly existed before is compared with what all dials did then (`PRIOR_DIALS`).
+
+It refuses to know clocks, tables and what a person should do about it. The work is bounded: see the limits.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+from msgspec import Struct
+
+from listener.core.dialling import FAILURES, Outcome
+
+PREFIX_LENGTHS = (2, 3, 4, 5, 6, 7)
+"""How many digits of a number are looked at; give tallies by `PREFIX_MAX`."""
+
+PREFIX_MAX = max(PREFIX_LENGTHS)
+
+PREFIX_LISTED = 4
+"""The digits by which the listed groups are told apart."""
+
+GROUPS_MAX = 50
+"""Groups listed, those with the most failures first; of the others `Why.left_out` says how many failures."""
+
+TALLIES_MAX = 50_000
+"""Tallies looked at for the explanation, of each period. Of more those with the most dials are taken, and
+`Why.partial` says so."""
+
+VALUES_MAX = 400
+"""Values of one dimension that are tried, those with the most failures first."""
+
+BEAM = 12
+"""Groups that are tried with a further condition, the best first."""
+
+CONDITIONS_MAX = 3
+
+PRIOR_DIALS = 20.0
+"""How many dials' worth of evidence the share of all dials before is, when a group's own is judged."""
+
+CONDITION_COST = 6.0
+SCORE_MIN = 10.0
+"""With the log of the number of groups tried: a chance of about one in 20,000 for a false alarm."""
+
+EXCESS_MIN = 5.0
+"""Failures more than before would have had, below which nothing is called a rise."""
+
+
+class Tally(Struct, frozen=True, gc=False):
+    """How many dials of one period were alike in all of this. An empty value is one that is not known; it is
+    never named as the group."""
+
+    system: str
+    account: str
+    """Its name, as it shall be said."""
+    number_prefix: str
+    """The first `PREFIX_MAX` digits of the normalised number (`listener.core.dialling.normalised`)."""
+    outcome: Outcome | None
+    """None: it was connected, and goes on."""
+    dials: int
+    first_at: datetime
+    last_at: datetime
+    cause: str = ""
+    """The raw cause as `str(Cause)` gives it."""
+    device: str = ""
+    caller_id: str = ""
+    campaign: str = ""
+
+
+class Figures(Struct, frozen=True, gc=False):
+    """Failures among dials."""
+
+    dials: int
+    failures: int
+
+    @property
+    def share(self) -> float:
+        """Of the dials that failed, from 0 to 1; 0 if there were none."""
+        return self.failures / self.dials if self.dials else 0.0
+
+
+class Condition(Struct, frozen=True, gc=False, order=True):
+    """One condition of a group."""
+
+    dimension: str
+    """system, account, device, caller_id, campaign or number; a number's value is how it begins."""
+    value: str
+
+    def __str__(self) -> str:
+        """In words."""
+        if self.dimension == "number":
+            return f"numbers that begin with {self.value}"
+        return f"{self.dimension.replace('_', ' ')} {self.value}"
+
+
+class Group(Struct, frozen=True, gc=False):
+    """Failures of one kind among the dials that meet all conditions.
+
+    `now` and `before` count all dials that meet them, and those that failed in this way; the times are of
+    such failures.
+    """
+
+    conditions: tuple[Condition, ...]
+    """None: all dials."""
+    outcome: Outcome | None
+    """None: any failure."""
+    cause: str | None
+    """None: any cause of that outcome."""
+    now: Figures
+    before: Figures
+    first_at: datetime
+    last_at: datetime
+
+
+class Explanation(Struct, frozen=True, gc=False):
+    """The smallest group that holds the rise."""
+
+    group: Group
+    shared: tuple[Condition, ...]
+    """What all its failures have in common beyond its conditions."""
+    excess: float
+    """Failures more than there would have been with the share of before."""
+    of_the_rise: float
+    """How much of the whole rise of this kind of failure that is, from 0 to 1."""
+    outside: Figures
+    """The same kind of failure among all other dials, now."""
+    outside_before: Figures
+    score: float
+
+
+class Why(Struct, frozen=True, gc=False):
+    """The answer to why dials fail; `sentence` says it in words."""
+
+    now: Figures
+    before: Figures
+    groups: tuple[Group, ...]
+    left_out: int
+    explanation: Explanation | None
+    """None: nothing rose beyond chance."""
+    sentence: str
+    partial: bool = False
+    """There were more tallies than `TALLIES_MAX`."""
+
+
+DIMENSIONS = ("system", "account", "caller_id", "campaign", "device", "number")
+"""By what dials are told apart; of two that pick the very same dials, the first is named."""
+
+_Kind = tuple[Outcome | None, str | None]
+"""A kind of failure: outcome and cause; None is any."""
+
+_ANY: _Kind = (None, None)
+
+
+class _Row(Struct, frozen=True, gc=False):
+    """A tally with its conditions and kinds of failure worked out once."""
+
+    conditions: frozenset[int]
+    """Their numbers: the search compares them millions of times."""
+    kinds: tuple[_Kind, ...]
+    """Empty for a dial that did not fail."""
+    dials: int
+    tally: Tally
+
+
+def explain(now: Iterable[Tally], before: Iterable[Tally]) -> Why:
+    """Groups the failures of a period, and names the smallest group that holds their rise.
+
+    `now` and `before` hold *all* dials of the two periods, also those that went well: without them nothing
+    can be said of shares. The periods may differ in length, as only shares are compared.
+    """
+    tallies, tallies_before = list(now), list(before)
+    here, earlier = _figures(tallies), _figures(tallies_before)
+    numbers: dict[Condition, int] = {}
+    rows, rows_before = _rows(tallies, numbers), _rows(tallies_before, numbers)
+    search = _Search(rows, rows_before, list(numbers)) if here.failures and earlier.dials else None
+    explanation = search.explanation() if search is not None else None
+    groups, left_out = _groups(tallies, tallies_before)
+    return Why(
+        now=here,
+        before=earlier,
+        groups=groups,
+        left_out=left_out,
+        explanation=explanation,
+        sentence=_sentence(here, earlier, explanation),
+        partial=max(len(tallies), len(tallies_before)) > TALLIES_MAX,
+    )
+
+
+def _failed(tally: Tally) -> bool:
+    return tally.outcome in FAILURES
+
+
+def _figures(tallies: Iterable[Tally]) -> Figures:
+    dials = failures = 0
+    for tally in tallies:
+        dials += tally.dials
+        failures += tally.dials if _failed(tally) else 0
+    return Figures(dials, failures)
+
+
+# ── The groups ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _place(tally: Tally) -> tuple[str, str, str]:
+    return tally.number_prefix[:PREFIX_LISTED], tally.account, tally.system
+
+
+def _groups(now: Sequence[Tally], before: Sequence[Tally]) -> tuple[tuple[Group, ...], int]:
+    """The failures by cause, beginning of the number, account and system; and how many were left out."""
+    here: defaultdict[tuple[Outcome | None, str, tuple[str, str, str]], list[Tally]] = defaultdict(list)
+    earlier: Counter[tuple[Outcome | None, str, tuple[str, str, str]]] = Counter()
+    dials: Counter[tuple[str, str, str]] = Counter()
+    dials_before: Counter[tuple[str, str, str]] = Counter()
+    for tally in now:
+        dials[_place(tally)] += tally.dials
+        if _failed(tally):
+            here[tally.outcome, tally.cause, _place(tally)].append(tally)
+    for tally in before:
+        dials_before[_place(tally)] += tally.dials
+        if _failed(tally):
+            earlier[tally.outcome, tally.cause, _place(tally)] += tally.dials
+    counted = {key: sum(tally.dials for tally in members) for key, members in here.items()}
+    listed = sorted(counted, key=lambda key: (-counted[key], str(key)))[:GROUPS_MAX]
+    groups = tuple(
+        Group(
+            conditions=tuple(
+                Condition(dimension, value)
+                for dimension, value in zip(("number", "account", "system"), key[2], strict=True)
+                if value
+            ),
+            outcome=key[0],
+            cause=key[1],
+            now=Figures(dials[key[2]], counted[key]),
+            before=Figures(dials_before[key[2]], earlier[key]),
+            first_at=min(tally.first_at for tally in here[key]),
+            last_at=max(tally.last_at for tally in here[key]),
+        )
+        for key in listed
+    )
+    return groups, sum(counted.values()) - sum(group.now.failures for group in groups)
+
+
+# ── The search ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _rows(tallies: Sequence[Tally], numbers: dict[Condition, int]) -> list[_Row]:
+    """The tallies as the search wants them; conditions that are new get their numbers."""
+    if len(tallies) > TALLIES_MAX:
+        tallies = sorted(tallies, key=lambda tally: -tally.dials)[:TALLIES_MAX]
+    known: dict[tuple[str, str], int] = {}
+    rows = []
+    for tally in tallies:
+        values = [(dimension, getattr(tally, dimension)) for dimension in DIMENSIONS[:-1]]
+        digits = tally.number_prefix
+        values += [("number", digits[:length]) for length in PREFIX_LENGTHS if len(digits) >= length]
+        conditions = []
+        for pair in values:
+            if not pair[1]:
+                continue
+            if pair not in known:
+                known[pair] = numbers.setdefault(Condition(*pair), len(numbers))
+            conditions.append(known[pair])
+        kinds: tuple[_Kind, ...] = ()
+        if _failed(tally):
+            kinds = (_ANY, (tally.outcome, None), (tally.outcome, tally.cause))
+        rows.append(_Row(frozenset(conditions), kinds, tally.dials, tally))
+    return rows
+
+
+class _Counts:
+    """Dials and failures of some rows, in all and by each single condition that they meet."""
+
+    __slots__ = ("all", "dials", "failures", "kinds")
+
+    def __init__(self, rows: Iterable[_Row]) -> None:
+        self.all = 0
+        self.kinds: Counter[_Kind] = Counter()
+        self.dials: defaultdict[int, int] = defaultdict(int)
+        self.failures: defaultdict[_Kind, defaultdict[int, int]] = defaultdict(lambda: defaultdict(int))
+        for row in rows:
+            self.all += row.dials
+            for condition in row.conditions:
+                self.dials[condition] += row.dials
+            for kind in row.kinds:
+                self.kinds[kind] += row.dials
+                failures = self.failures[kind]
+                for condition in row.conditions:
+                    failures[condition] += row.dials
+
+    def figures(self, condition: int, kind: _Kind) -> Figures:
+        """Of the rows that meet a condition."""
+        failures = self.failures.get(kind)
+        return Figures(self.dials.get(condition, 0), failures.get(condition, 0) if failures else 0)
+
+    def whole(self, kind: _Kind) -> Figures:
+        """Of all rows."""
+        return Figures(self.all, self.kinds[kind])
+
+
+class _Candidate(Struct, frozen=True, gc=False):
+    conditions: frozenset[int]
+    kind: _Kind
+    now: Figures
+    before: Figures
+    score: float
+
+
+def _score(now: Figures, before: Figures, usual: float) -> float:
+    """How surprising it is that the share rose: the log likelihood ratio of two shares against one."""
+    dials, failures = before.dials + PRIOR_DIALS, before.failures + PRIOR_DIALS * usual
+    if now.dials == 0 or now.share <= failures / dials:
+        return 0.0
+    both = (now.failures + failures) / (now.dials + dials)
+    return sum(
+        part * math.log(part / whole / share)
+        for part, whole, share in (
+            (now.failures, now.dials, both),
+            (now.dials - now.failures, now.dials, 1 - both),
+            (failures, dials, both),
+            (dials - failures, dials, 1 - both),
+        )
+        if part > 0
+    )
+
+
+class _Search:
+    """Looks for the group that holds the rise, from the widest on: all dials, each single condition, and the
+    best of those with further ones."""
+
+    def __init__(self, rows: list[_Row], rows_before: list[_Row], conditions: list[Condition]) -> None:
+        self._conditions = conditions
+        self._rows, self._rows_before = rows, rows_before
+        self._now, self._before = _Counts(rows), _Counts(rows_before)
+        self._wanted = self._most_failing()
+        self._usual = {
+            kind: (self._before.kinds[kind] + 0.5) / (self._before.all + 1) for kind in self._now.kinds
+        }
+        self._found: list[_Candidate] = []
+        self._tried = 0
+
+    def _most_failing(self) -> frozenset[int]:
+        """The conditions that are tried: of each dimension those with the most failures."""
+        by_dimension: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+        failures = self._now.failures[_ANY]
+        for number in failures:
+            condition = self._conditions[number]
+            length = len(condition.value) if condition.dimension == "number" else 0
+            by_dimension[condition.dimension, length].append(number)
+        return frozenset(
+            number
+            for members in by_dimension.values()
+            for number in sorted(members, key=lambda each: (-failures[each], self._conditions[each]))[
+                :VALUES_MAX
+            ]
+        )
+
+    def explanation(self) -> Explanation | None:
+        """The best group with what is to be said of it; None if nothing rose beyond chance."""
+        for kind in self._now.kinds:
+            self._consider(frozenset(), kind, self._now.whole(kind), self._before.whole(kind))
+        self._consider_within(frozenset(), self._now, self._before)
+        for size in range(1, CONDITIONS_MAX):
+            for conditions in self._beam(size):
+                here = _Counts(row for row in self._rows if conditions <= row.conditions)
+                earlier = _Counts(row for row in self._rows_before if conditions <= row.conditions)
+                self._consider_within(conditions, here, earlier)
+        best = min(self._found, key=self._preference, default=None)
+        if best is None or best.score < SCORE_MIN + math.log(self._tried):
+            return None
+        return self._told(best)
+
+    def _consider_within(self, conditions: frozenset[int], here: _Counts, earlier: _Counts) -> None:
+        """Tries every further condition, on a dimension that has none yet."""
+        dimensions = {self._conditions[number].dimension for number in conditions}
+        for kind, failures in here.failures.items():
+            for number in failures:
+                if number in self._wanted and self._conditions[number].dimension not in dimensions:
+                    now, before = here.figures(number, kind), earlier.figures(number, kind)
+                    self._consider(conditions | {number}, kind, now, before)
+
+    def _consider(self, conditions: frozenset[int], kind: _Kind, now: Figures, before: Figures) -> None:
+        self._tried += 1
+        score = _score(now, before, self._usual[kind]) - CONDITION_COST * len(conditions)
+        if score > 0 and _excess(now, before, self._usual[kind]) >= EXCESS_MIN:
+            self._found.append(_Candidate(conditions, kind, now, before, score))
+
+    def _preference(self, candidate: _Candidate) -> tuple[float, int, list[tuple[int, int, str]], str]:
+        """Sorts the best first; the rest tells apart groups that are the very same dials."""
+        conditions = [self._conditions[number] for number in candidate.conditions]
+        named = sorted(
+            (
+                DIMENSIONS.index(each.dimension),
+                -len(each.value) if each.dimension == "number" else 0,
+                each.value,
+            )
+            for each in conditions
+        )
+        return -round(candidate.score, 6), len(conditions), named, str(candidate.kind)
+
+    def _beam(self, size: int) -> list[frozenset[int]]:
+        """The best groups of so many conditions to narrow further; of the very same dials only one."""
+        chosen: dict[frozenset[int], None] = {}
+        seen: set[tuple[_Kind, Figures, Figures]] = set()
+        for each in sorted((one for one in self._found if len(one.conditions) == size), key=self._preference):
+            if (each.kind, each.now, each.before) not in seen:
+                seen.add((each.kind, each.now, each.before))
+                chosen[each.conditions] = None
+            if len(chosen) == BEAM:
+                break
+        return list(chosen)
+
+    def _told(self, best: _Candidate) -> Explanation:
+        kind = best.kind
+        failing = [row for row in self._rows if kind in row.kinds and best.conditions <= row.conditions]
+        usual = self._usual[kind]
+        whole, whole_before = self._now.whole(kind), self._before.whole(kind)
+        excess = _excess(best.now, best.before, usual)
+        return Explanation(
+            group=Group(
+                conditions=tuple(sorted(self._conditions[number] for number in best.conditions)),
+                outcome=kind[0],
+                cause=kind[1],
+                now=best.now,
+                before=best.before,
+                first_at=min(row.tally.first_at for row in failing),
+                last_at=max(row.tally.last_at for row in failing),
+            ),
+            shared=self._shared(failing, best.conditions),
+            excess=excess,
+            of_the_rise=min(1.0, excess / max(excess, _excess(whole, whole_before, usual))),
+            outside=_without(whole, best.now),
+            outside_before=_without(whole_before, best.before),
+            score=best.score,
+        )
+
+    def _shared(self, failing: Iterable[_Row], conditions: frozenset[int]) -> tuple[Condition, ...]:
+        """What all these failures have in common beyond the conditions; of a number its longest beginning."""
+        common = frozenset.intersection(*(row.conditions for row in failing)) - conditions
+        longest: dict[str, Condition] = {}
+        for each in sorted((self._conditions[number] for number in common), key=lambda each: len(each.value)):
+            longest[each.dimension] = each
+        named = {self._conditions[number] for number in conditions}
+        return tuple(
+            longest[dimension]
+            for dimension in DIMENSIONS
+            if dimension in longest
+            and not any(each.value.startswith(longest[dimension].value) for each in named)
+        )
+
+
+def _excess(now: Figures, before: Figures, usual: float) -> float:
+    """Failures more than there would have been with the share of before."""
+    share = (before.failures + PRIOR_DIALS * usual) / (before.dials + PRIOR_DIALS)
+    return now.failures - now.dials * share
+
+
+# ── The answer ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _without(whole: Figures, part: Figures) -> Figures:
+    return Figures(whole.dials - part.dials, whole.failures - part.failures)
+
+
+def _percent(figures: Figures) -> str:
+    return f"{100 * figures.share:.1f} %"
+
+
+def _in_words(conditions: Iterable[Condition]) -> str:
+    return ", ".join(
+        str(each) for each in sorted(conditions, key=lambda each: DIMENSIONS.index(each.dimension))
+    )
+
+
+def _sentence(now: Figures, before: Figures, explanation: Explanation | None) -> str:
+    """The answer for a person."""
+    if now.dials == 0:
+        return "Nothing was dialled in this period."
+    overall = f"{now.failures} of {now.dials} dials failed ({_percent(now)})"
+    if before.dials == 0:
+        return f"{overall}; nothing was dialled in the period before, so there is nothing to compare with."
+    overall += f", before {before.failures} of {before.dials} ({_percent(before)})."
+    if explanation is None:
+        return f"{overall} No group of dials fails more than before beyond chance."
+    group = explanation.group
+    if group.outcome is None:
+        kind = "failed"
+    else:
+        kind = f"ended as {group.outcome}" + (f" ({group.cause})" if group.cause else "")
+    where = _in_words(group.conditions) or "all dials"
+    words = (
+        f"{overall} The rise is in {where}: {group.now.failures} of {group.now.dials} {kind} "
+        f"({_percent(group.now)}), before {group.before.failures} of {group.before.dials} "
+        f"({_percent(group.before)}); first at {group.first_at:%Y-%m-%d %H:%M:%S}, last at "
+        f"{group.last_at:%Y-%m-%d %H:%M:%S} UTC. It holds {100 * explanation.of_the_rise:.0f} % of the rise"
+    )
+    if explanation.outside.dials:
+        words += (
+            f"; of all other dials {_percent(explanation.outside)} {kind}, "
+            f"before {_percent(explanation.outside_before)}"
+        )
+    words += "."
+    if explanation.shared:
+        words += f" All these failures share: {_in_words(explanation.shared)}."
+    return words
