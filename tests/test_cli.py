@@ -794,7 +794,7 @@ def test_questions_to_an_empty_database(
 # ── The spool ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _said(account: int, count: int) -> list[Heard]:
+def _waiting(account: int, count: int) -> list[Heard]:
     return [Heard(account, f"s{account}", at, NOON, "/v2/me/calls", b"{}") for at in range(1, count + 1)]
 
 
@@ -808,7 +808,7 @@ def test_spool_says_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> No
 def test_spool_shows_what_waits_and_for_whom(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Segments, accounts, and that a listener uses it; the same as JSON."""
     spool = Spool.open(tmp_path / "listener-data-spool")
-    spool.append([_said(1, 2), _said(7, 3)])
+    spool.append([_waiting(1, 2), _said(7, 3)])
     code, out, _ = _run(capsys, "spool")
     assert code == 0
     assert "a listener uses it" in out
@@ -825,7 +825,7 @@ def test_spool_verify_is_1_when_a_record_is_damaged(
 ) -> None:
     """Before it was set aside and afterwards; without --verify it is said all the same."""
     spool = Spool.open(tmp_path / "listener-data-spool")
-    spool.append([_said(1, 2)])
+    spool.append([_waiting(1, 2)])
     spool.close()
     (path,) = (tmp_path / "listener-data-spool").glob("*.spool")
     content = bytearray(path.read_bytes())
