@@ -808,7 +808,7 @@ def test_spool_says_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> No
 def test_spool_shows_what_waits_and_for_whom(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Segments, accounts, and that a listener uses it; the same as JSON."""
     spool = Spool.open(tmp_path / "listener-data-spool")
-    spool.append([_waiting(1, 2), _said(7, 3)])
+    spool.append([_waiting(1, 2), _waiting(7, 3)])
     code, out, _ = _run(capsys, "spool")
     assert code == 0
     assert "a listener uses it" in out
