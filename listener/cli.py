@@ -510,7 +510,7 @@ def _run(options: argparse.Namespace) -> int:
     settings = _settings(options)
     if not settings.accounts:
         raise SettingsError(NO_ACCOUNT)
-    run(settings, reread=lambda: _settings(options))
+    run(settings, reread=lambda: _settings(options), goodbye=options.goodbye)
     return OK
 
 
@@ -657,7 +657,7 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    command(
+    running = command(
         "run",
         _run,
         "listen until told to stop (SIGTERM, Ctrl-C); SIGHUP reads the accounts again",
@@ -669,6 +669,11 @@ def parser() -> argparse.ArgumentParser:
         "examples:\n"
         "  listener run\n"
         "  listener run -c /etc/listener/listener.toml --set log.format=text\n",
+    )
+    running.add_argument(
+        "--goodbye",
+        action="store_true",
+        help="end the sessions at a stop; without it the next start goes on with them, and misses nothing",
     )
 
     demo = command(

@@ -2,10 +2,11 @@
 
 It decides only who is given to whom, what is reloaded, and the order of starting and stopping. Start: the
 store (the bundled PostgreSQL if no other is configured), the journal, coverage ("nothing is observed yet"),
-the operations pages, then a line for each account. Stop, on SIGTERM or SIGINT, within `limits.stop_s`:
-coverage says "stopped", no more sessions, what was heard is committed, then the store; a second signal does
-not wait. SIGHUP reads the settings again: accounts that are new begin, those that are gone end, those that
-changed begin anew, and all others notice nothing.
+the operations pages, then a line for each account, which goes on with the session of the run before where
+there is one. Stop, on SIGTERM or SIGINT, within `limits.stop_s`: coverage says "stopped", the sessions are
+left with their servers for the next start (or ended, with `goodbye`), what was heard is committed, then the
+store; a second signal does not wait. SIGHUP reads the settings again: accounts that are new begin, those that
+are gone end, those that changed begin anew, and all others notice nothing.
 
 One account's failure never reaches another: each runs in a task that catches whatever breaks it, says so,
 in the coverage too, and begins again from nothing after a pause.
@@ -28,11 +29,11 @@ import structlog
 from msgspec import Struct
 
 from listener import __version__
-from listener.adapters.cometd import Endpoint, Line
+from listener.adapters.cometd import Endpoint, Line, resumable
 from listener.adapters.genesys import GenesysClient
 from listener.closing import Closer
 from listener.core.calls import Recorded
-from listener.core.session import Delivered, Fact, Gap
+from listener.core.session import Saved
 from listener.coverage import REFUSED, SNAPSHOTS_AT_ONCE_MAX, UP, Ledger, Watch
 from listener.errors import ListenerError, SettingsError, StoreError, StoreUnavailable
 from listener.metrics import Metrics
@@ -96,26 +97,15 @@ class _Works(Struct):
     tasks: asyncio.TaskGroup
 
 
-class _Line(Line):
-    """A line that tells its watch of every answer, also of one that brought nothing to hear."""
+class _Known(Struct, frozen=True):
+    """What is known of an account that begins."""
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        credentials: GenesysClient,
-        watch: Watch,
-        *,
-        clock: Callable[[], float],
-        wall: Callable[[], datetime],
-    ) -> None:
-        super().__init__(watch.account, endpoint, credentials, watch, clock=clock, wall=wall)
-        self._watch = watch
-
-    async def tell(self, facts: Sequence[Fact]) -> None:
-        await super().tell(facts)
-        if not any(isinstance(fact, Gap) for fact in facts):
-            took = any(isinstance(fact, Delivered) and fact.messages for fact in facts)
-            self._watch.answered(self.wall(), took=took)
+    cause: str
+    """Why it was not observed until now."""
+    saved: Saved | None = None
+    """A session to go on with."""
+    observed_until: datetime | None = None
+    """Since when the account is not observed, if that is for the restart alone."""
 
 
 class _Eyes:
@@ -186,8 +176,9 @@ class Daemon:
     """Everything that runs. `serve` it; `stop` and `reload` may be called from signal handlers.
 
     `reread` gives the settings anew for a reload; it is called in a thread. `ready`, if given, is called once
-    with the port of the operations pages when every account has been started. `broken_s` is how long an
-    account rests after a defect.
+    with the port of the operations pages when every account has been started. `goodbye` ends the sessions at
+    a stop, instead of leaving them for the next start. `broken_s` is how long an account rests after a
+    defect.
     """
 
     def __init__(
@@ -196,6 +187,7 @@ class Daemon:
         *,
         reread: Callable[[], Settings] | None = None,
         ready: Callable[[int], None] | None = None,
+        goodbye: bool = False,
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),  # noqa: TID251 - a shell's default
         clock: Callable[[], float] = time.monotonic,
         broken_s: float = BROKEN_S,
@@ -203,6 +195,7 @@ class Daemon:
         self.settings = settings
         self._reread = reread
         self._ready = ready
+        self._goodbye = goodbye
         self._wall = wall
         self._clock = clock
         self._broken_s = broken_s
@@ -212,6 +205,7 @@ class Daemon:
         self._reload_wanted = False
         self._told = asyncio.Event()
         self._accounts: dict[str, _Running] = {}
+        self._lines: dict[int, Line] = {}
         self._tls: dict[tuple[str | None, bool], ssl.SSLContext] = {}
         self._turn = asyncio.Semaphore(SNAPSHOTS_AT_ONCE_MAX)
         self._starting = "starting"
@@ -292,18 +286,23 @@ class Daemon:
         opened: list[_Opened] = []
 
         async def attempts() -> None:
-            wait_s = STORE_RETRY_S
-            while not opened:
-                try:
-                    opened.append(await open_())
-                except StoreUnavailable as error:
-                    self._starting = f"the database does not answer: {error}"
-                    self._log.error("the database does not answer", error=str(error), retry_s=wait_s)
-                    await asyncio.sleep(wait_s)
-                    wait_s = min(wait_s * 2, STORE_RETRY_S_MAX)
+            opened.append(await self._insist(open_))
 
         await self._until_stopped(attempts())
         return opened[0] if opened else None
+
+    async def _insist(self, attempt: Callable[[], Awaitable[_Opened]]) -> _Opened:
+        """Tries until the database answers."""
+        wait_s = STORE_RETRY_S
+        while True:
+            try:
+                return await attempt()
+            except StoreUnavailable as error:
+                if self._starting:
+                    self._starting = f"the database does not answer: {error}"
+                self._log.error("the database does not answer", error=str(error), retry_s=wait_s)
+                await asyncio.sleep(wait_s)
+                wait_s = min(wait_s * 2, STORE_RETRY_S_MAX)
 
     async def _hold(self, dsn: str, claim: Claim) -> None:
         """Keeps the claim; raises StoreError, which ends the daemon, when another listener has taken it
@@ -313,15 +312,7 @@ class Daemon:
                 await claim.lost()
             finally:
                 await claim.release()
-            claim = await self._claimed_again(dsn)
-
-    async def _claimed_again(self, dsn: str) -> Claim:
-        """Takes the claim as soon as the database answers; the pipeline says meanwhile that it does not."""
-        while True:
-            try:
-                return await Claim.take(dsn)
-            except StoreUnavailable:
-                await asyncio.sleep(STORE_RETRY_S)
+            claim = await self._insist(lambda: Claim.take(dsn))
 
     async def _listen(self, journal: Journal, spool: Spool, port: int) -> None:
         limits = self.settings.limits
@@ -342,7 +333,7 @@ class Daemon:
             works = _Works(journal, pipeline, ledger, tasks)
             # Sessions go on from what is committed: what the spool has of them must be, before they do.
             await self._until_stopped(pipeline.drain())
-            await self._until_stopped(self._follow_first(works))
+            await self._until_there(lambda: self._follow_first(works))
             closing = tasks.create_task(self._closer(journal, pipeline).run(), name="closer")
             if not self._stopping.is_set():
                 self._starting = ""
@@ -379,7 +370,7 @@ class Daemon:
         with suppress(TimeoutError):
             # A server that does not answer the farewell must not use up the time for storing.
             async with asyncio.timeout(stop_s / 2):
-                await self._end(list(self._accounts.values()))
+                await self._end(list(self._accounts.values()), goodbye=self._goodbye)
         try:
             async with asyncio.timeout_at(deadline):
                 await works.pipeline.drain()
@@ -395,19 +386,6 @@ class Daemon:
                 in_the_spool=works.pipeline.spooled_notifications,
                 stop_s=stop_s,
             )
-
-    async def _follow_first(self, works: _Works) -> None:
-        """The accounts of the start; waits for a database that went away again."""
-        wait_s = STORE_RETRY_S
-        while True:
-            try:
-                await self._follow(self.settings, works, first=True)
-                return
-            except StoreUnavailable as error:
-                self._starting = f"the database does not answer: {error}"
-                self._log.error("the database does not answer", error=str(error), retry_s=wait_s)
-                await asyncio.sleep(wait_s)
-                wait_s = min(wait_s * 2, STORE_RETRY_S_MAX)
 
     async def _follow_changes(self, works: _Works) -> None:
         """Waits to be told something, and does it; what the database did not take is tried again."""
@@ -451,7 +429,13 @@ class Daemon:
         self.settings = settings
         self._log.info("reloaded", accounts=len(self._accounts))
 
-    async def _follow(self, settings: Settings, works: _Works, *, first: bool = False) -> None:
+    async def _follow_first(self, works: _Works) -> None:
+        """The accounts of the start."""
+        # Of all accounts, also of those that are gone: their calls go on until their end is inferred.
+        self._metrics.open_calls(await works.journal.open_calls())
+        await self._follow(self.settings, works)
+
+    async def _follow(self, settings: Settings, works: _Works) -> None:
         """Makes the running accounts those of `settings`. Whatever it raises, nothing was changed."""
         if not settings.accounts:
             raise SettingsError("there are no accounts: add some, or stop the daemon if that is meant")
@@ -472,20 +456,29 @@ class Daemon:
             self._context(settings.environment(account))
         rows = [AccountRow(a.name, a.tenant, a.environment) for a in wanted.values()]
         ids = await works.journal.register(rows)
-        if new:
-            await works.journal.resume_coverage([ids[account.name] for account in new], self._wall())
-        if first:
-            self._metrics.open_calls(await works.journal.open_calls())
+        known = await self._recall([ids[account.name] for account in new], works.journal)
         for number in ids.values():
             self._retiring.pop(number, None)
         at = self._wall()
         self._retiring.update({each.watch.account: at for each in gone if each.settings.name not in wanted})
-        await self._end(gone)
+        await self._end(gone, goodbye=True)
         for account in new:
-            self._begin(account, settings, ids[account.name], works, "not started")
+            number = ids[account.name]
+            self._begin(account, settings, number, works, known[number])
         for account in changed:
-            self._begin(account, settings, ids[account.name], works, "stopped")
+            self._begin(account, settings, ids[account.name], works, _Known("stopped"))
         self._metrics.accounts(len(self._accounts))
+
+    async def _recall(self, accounts: list[int], journal: Journal) -> dict[int, _Known]:
+        """What earlier runs left of accounts that are about to begin; from here on they are not observed."""
+        if not accounts:
+            return {}
+        observed_until = await journal.resume_coverage(accounts, self._wall())
+        saved = await journal.kept_sessions(accounts)
+        return {
+            number: _Known("not started", saved.get(number), observed_until.get(number))
+            for number in accounts
+        }
 
     async def _retire(self, works: _Works) -> None:
         """Writes down which accounts are gone, after all that was said of them. Raises StoreUnavailable."""
@@ -497,8 +490,8 @@ class Daemon:
             for number in gone:
                 del self._retiring[number]
 
-    def _begin(self, account: Account, settings: Settings, number: int, works: _Works, cause: str) -> None:
-        """Begins to listen to an account, which was not observed until now because of `cause`."""
+    def _begin(self, account: Account, settings: Settings, number: int, works: _Works, known: _Known) -> None:
+        """Begins to listen to an account; goes on with its session if it can be."""
         environment = settings.environment(account)
         tls = self._context(environment)
         endpoint = Endpoint(
@@ -508,8 +501,9 @@ class Daemon:
             channels=environment.channels,
             login_first=True,
             delivery_bytes_max=settings.limits.delivery_bytes_max,
+            owner=f"{account.login} {environment.base_url}",
         )
-
+        left = [known.saved] if known.saved is not None and resumable(known.saved, endpoint) else []
         genesys = GenesysClient(
             environment.base_url,
             settings.login_headers(account),
@@ -530,12 +524,17 @@ class Daemon:
             snapshot_channel=environment.snapshot_path,
             turn=self._turn,
             since=self._wall(),
-            cause=cause,
+            cause=known.cause,
+            acknowledges=bool(left) and left[0].kept.ack,
+            observed_until=known.observed_until if left else None,
             clock=self._clock,
         )
 
         def line() -> Line:
-            made = _Line(endpoint, genesys, watch, clock=self._clock, wall=self._wall)
+            saved = left.pop() if left else None  # only for the first: what broke it may be what was saved
+            made = Line(number, endpoint, genesys, watch, saved=saved, clock=self._clock, wall=self._wall)
+            made.goodbye = False
+            self._lines[number] = made
             watch.carried_by(partial(_give_up, made))
             return made
 
@@ -560,12 +559,15 @@ class Daemon:
             watch.broke(self._wall(), f"a defect of the listener: {why}")
             await asyncio.sleep(self._broken_s)
 
-    async def _end(self, running: Sequence[_Running]) -> None:
-        """Stops accounts, each with a farewell, all at the same time."""
+    async def _end(self, running: Sequence[_Running], *, goodbye: bool) -> None:
+        """Stops accounts, all at the same time; with `goodbye` their sessions are over."""
         at = self._wall()
         for each in running:
             # First, because from the farewell on nothing is heard any more, however long it takes.
             each.watch.end(at)
+            line = self._lines.pop(each.watch.account, None)
+            if line is not None:
+                line.goodbye = goodbye
             each.task.cancel()
             del self._accounts[each.settings.name]
         await asyncio.gather(*(each.task for each in running), return_exceptions=True)
@@ -588,6 +590,14 @@ class Daemon:
             self._tls[key] = context
         return self._tls[key]
 
+    async def _probe(self, journal: Journal) -> None:
+        def listened() -> list[Watch]:
+            return [each.watch for each in self._accounts.values()]
+
+        every_s = self.settings.limits.probe_s
+        if every_s:
+            await Probe(journal, self._eyes, listened, every_s=every_s, clock=self._clock).run()
+
     def _closer(self, journal: Journal, pipeline: Pipeline) -> Closer:
         limits = self.settings.limits
         return Closer(
@@ -597,14 +607,6 @@ class Daemon:
             wrap_up_s_max=limits.wrap_up_s_max,
             wall=self._wall,
         )
-
-    async def _probe(self, journal: Journal) -> None:
-        def listened() -> list[Watch]:
-            return [each.watch for each in self._accounts.values()]
-
-        every_s = self.settings.limits.probe_s
-        if every_s:
-            await Probe(journal, self._eyes, listened, every_s=every_s, clock=self._clock).run()
 
     async def _upkeep(self, journal: Journal) -> None:
         while True:
@@ -648,15 +650,16 @@ def run(
     *,
     reread: Callable[[], Settings] | None = None,
     ready: Callable[[int], None] | None = None,
+    goodbye: bool = False,
 ) -> None:
-    """Run the daemon in this process until SIGTERM or SIGINT; SIGHUP reloads.
+    """Run the daemon in this process until SIGTERM or SIGINT; SIGHUP reloads. `goodbye` is `Daemon`'s.
 
     Raises `ListenerError` where it cannot start.
     """
     log_to_stderr(settings.log)
 
     async def serve() -> None:
-        daemon = Daemon(settings, reread=reread, ready=ready)
+        daemon = Daemon(settings, reread=reread, ready=ready, goodbye=goodbye)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, daemon.stop)
         loop.add_signal_handler(signal.SIGINT, daemon.stop)

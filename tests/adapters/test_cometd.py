@@ -19,19 +19,23 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import aiohttp
+import asyncpg
+import msgspec
 import psutil
 import pytest
 from aiohttp import web
+from yarl import URL
 
 from listener.adapters import cometd
-from listener.adapters.cometd import Endpoint, Line, LongPolling, WebSocket
+from listener.adapters.cometd import Endpoint, Line, LongPolling, WebSocket, resumable
 from listener.adapters.genesys import GenesysClient
-from listener.core.calls import Heard
+from listener.core.calls import Entry, Heard
+from listener.core.decode import decode
 from listener.core.session import (
     CONNECT,
     DISCONNECT,
@@ -41,6 +45,7 @@ from listener.core.session import (
     Fact,
     Gap,
     Handshaken,
+    Kept,
     Limits,
     Refused,
     Resumed,
@@ -52,8 +57,10 @@ from listener.core.session import (
 from listener.errors import LoginRefused, RemoteUnavailable
 from listener.simulator.centre import Simulator
 from listener.simulator.settings import SimulatorSettings
+from listener.store.journal import Journal
 from tests.peers.proxy import CHUNK_BYTES, HOST, Direction, TcpProxy
 from tests.support.peers import CALLS, CometdFactory, FayeFactory, Peer, ProxyFactory
+from tests.support.running import until
 
 WEBSOCKET = ("websocket",)
 BOUND_s = 15.0
@@ -226,11 +233,12 @@ async def listening(
     *,
     limits: Limits = LIMITS,
     goodbye: bool = True,
+    saved: Saved | None = None,
     **endpoint: Any,
 ) -> AsyncIterator[Line]:
     """A line that runs while the block does; what breaks it breaks the test."""
-    what = {"channels": (CALLS,), **endpoint}
-    line = Line(7, Endpoint(url, **what), login or Login(), store, limits=limits, jitter=lambda: 1.0)
+    where = Endpoint(url, **{"channels": (CALLS,), **endpoint})
+    line = Line(1, where, login or Login(), store, saved=saved, limits=limits, jitter=lambda: 1.0)
     line.goodbye = goodbye
     running = asyncio.get_running_loop().create_task(line.run())
     try:
@@ -1019,6 +1027,288 @@ async def test_goodbye_is_not_said_when_the_session_is_to_be_resumed(cometd_peer
         pass
     assert (await peer.stats())["disconnects"] == 0
     assert len(await peer.sessions()) == 1
+
+
+# ── Resume ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+SAVED_AT = datetime(2026, 3, 2, tzinfo=UTC)
+
+
+class Remembering(Store):
+    """Stores in the journal too. With `commits` false the line is not told that it did, so that what is
+    stored stays unacknowledged."""
+
+    def __init__(self, journal: Journal, **how: Any) -> None:
+        super().__init__(**how)
+        self.journal = journal
+        self.duplicates = 0
+
+    async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
+        """Part of `Hearing`."""
+        entries = [Entry(one, decode(one.raw, one.channel)) for one in heard]
+        self.duplicates += (await self.journal.record(entries)).duplicates
+        await super().hear(heard, committed)
+
+    async def left(self) -> Saved:
+        """What a start finds after this line was dropped."""
+        await self.journal.cover([], {1: self.saved})
+        return (await self.journal.kept_sessions([1]))[1]
+
+
+async def stored(sql: asyncpg.Connection) -> list[int]:
+    """The numbers of the messages in the journal, in order."""
+    rows = await sql.fetch("SELECT raw FROM notification ORDER BY id")
+    return [int(found[1]) for row in rows if (found := SEQ.search(row["raw"]))]
+
+
+async def test_a_session_is_resumed_where_the_store_is(
+    cometd_peer: CometdFactory, journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """A line is dropped without a farewell, with messages stored that it had no time to acknowledge, and
+    more are said while nobody listens. Another line with what the store kept goes on: no handshake, no login,
+    no subscription; nothing lost, nothing twice, no gap."""
+    peer = await cometd_peer(**SERVER)
+    first = Remembering(journal)
+    async with subscribed(peer.url, first, goodbye=False):
+        said = [await says(peer, 10)]
+        await first.until_heard(10)
+        await peer.until("sessions", lambda answer: answer["sessions"][0]["held"])
+        first.commits = False
+        said.append(await says(peer, 5, whole=True))
+        await first.until_heard(15)
+    said.append(await says(peer, 5))
+    left = await first.left()
+    assert left.position == 15
+    assert left.resumes_at == (left.batch or (0, 0))
+
+    second, login = Remembering(journal), Login()
+    async with listening(peer.url, second, login, saved=left, login_first=True):
+        await second.until_told(Unbroken)
+        said.append(await says(peer, 5))
+        await second.until_heard(10)
+        assert second.saved is None, "what is kept is as it was"
+        stats = await peer.stats()
+    assert await stored(sql) == [seq for each in said for seq in each.seqs]
+    assert (stats["handshakes"], stats["disconnects"]) == (1, 0)
+    assert login.logins == 0
+    assert second.gaps == []
+    assert {Handshaken, Subscribed}.isdisjoint(second.kinds())
+    assert {one.stream for one in second.heard} == {one.stream for one in first.heard}
+
+
+async def test_a_batch_that_was_stored_in_part_comes_again_and_counts_once(
+    cometd_peer: CometdFactory, journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """Killed between two transactions of one delivery: the server sends all of it again."""
+    peer = await cometd_peer(**SERVER)
+    first = Remembering(journal, commits=False)
+    async with subscribed(peer.url, first, goodbye=False):
+        first.room.clear()
+        said = await says(peer, 6, whole=True)
+        await peer.until("sessions", lambda answer: answer["sessions"][0]["held"] is False)
+        first.room.set()
+        await first.until_heard(6)
+    await sql.execute("DELETE FROM notification WHERE position > 2")
+    await sql.execute("UPDATE stream SET position = 2, batch = -1, batch_position = 0")
+    await sql.execute("UPDATE account SET heard_at = heard_at")  # whoever else writes says so
+
+    second = Remembering(journal)
+    async with listening(peer.url, second, saved=await first.left()):
+        await second.until_heard(6)
+    assert second.duplicates == 2
+    assert await stored(sql) == list(said.seqs)
+
+
+@pytest.mark.parametrize("why", ["forgotten", "without its cookies"])
+async def test_a_session_that_cannot_be_resumed_is_followed_by_another(
+    cometd_peer: CometdFactory, journal: Journal, why: str
+) -> None:
+    """The server says 402: a login, a handshake, a subscription, and a gap since nobody vouches."""
+    peer = await cometd_peer(**SERVER)
+    first = Remembering(journal)
+    async with subscribed(peer.url, first, goodbye=False):
+        pass
+    left = await first.left()
+    if why == "forgotten":
+        await peer.forget()
+    else:
+        left = msgspec.structs.replace(left, kept=msgspec.structs.replace(left.kept, cookies=()))
+    began = time.monotonic()
+    second, login = Remembering(journal), Login()
+    async with listening(peer.url, second, login, saved=left, login_first=True):
+        await second.until_told(Subscribed)
+        assert (await peer.stats())["handshakes"] == 2
+        assert second.saved is not None
+        assert second.saved.kept.stream != left.kept.stream
+    assert login.logins == 1
+    (gap,) = second.gaps
+    assert gap.cause == "session lost"
+    assert gap.since == pytest.approx(began, abs=0.1)
+
+
+async def test_an_old_session_is_tried_once_while_the_server_is_away(
+    cometd_peer: CometdFactory, tcp_proxy: ProxyFactory, journal: Journal
+) -> None:
+    """It would hardly be there any more. A younger one is tried until the server says that it is gone."""
+    peer = await cometd_peer(**SERVER)
+    proxy = await tcp_proxy(peer)
+    url = f"http://{HOST}:{proxy.port}{peer.path}"
+    for age_s, handshakes in ((60.0, 0), (3600.0, 1)):
+        await peer.reset()
+        first = Remembering(journal)
+        async with subscribed(url, first, goodbye=False):
+            pass
+        left = await first.left()
+        left = msgspec.structs.replace(left, saved_at=left.saved_at - timedelta(seconds=age_s))
+        second = Remembering(journal)
+        await proxy.refuse()
+        async with listening(url, second, saved=left):
+            await second.until_told(Gap)
+            await proxy.resume()
+            await second.until_told(Subscribed if handshakes else Unbroken)
+        assert second.kinds()[Handshaken] == handshakes
+
+
+async def test_without_acknowledgements_a_session_is_resumed_with_a_gap(
+    cometd_peer: CometdFactory, journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """Positions go on; what was in flight at the end is not known."""
+    peer = await cometd_peer(**SERVER, ack=False)
+    first = Remembering(journal)
+    async with subscribed(peer.url, first, goodbye=False):
+        said = [await says(peer, 5)]
+        await first.until_heard(5)
+    second = Remembering(journal)
+    async with listening(peer.url, second, saved=await first.left()):
+        await second.until_told(Resumed)
+        said.append(await says(peer, 5))
+        await second.until_heard(5)
+    assert (second.heard[0].position, second.heard[0].stream) == (6, first.heard[0].stream)
+    assert await stored(sql) == [seq for each in said for seq in each.seqs]
+
+
+async def test_what_is_kept_is_told_when_it_changes_and_not_with_each_message(kind: Kind, peer: Peer) -> None:
+    """Once the session hears everything; when it is lost; and when it is ended."""
+    told: list[Saved | None] = []
+
+    class Noting(Store):
+        def keep(self, saved: Saved | None) -> None:
+            told.append(saved)
+            super().keep(saved)
+
+    store = Noting()
+    async with subscribed(peer.url, store, **kind.endpoint):
+        await says(peer, 50)
+        await store.until_heard(50)
+        assert [saved is not None for saved in told[-1:]] == [True]
+        assert len(told) <= 2  # the first answers may set a cookie more
+        before = len(told)
+        await peer.forget(how="wake")
+        await store.until_told(Subscribed, 2)
+        assert [saved is None for saved in told[before:]] == [True, False]
+    assert told[-1] is None
+
+
+async def test_cookies_are_kept_as_long_as_they_last() -> None:
+    """A cookie that was to last for a minute does so, however often the listener starts."""
+    login = GenesysClient("http://127.0.0.1:1", {})
+    login.jar.update_cookies_from_headers(
+        ["A=1; Path=/; HttpOnly", 'B="x y"; Path=/api; Max-Age=60', "C=3; Max-Age=5; Path=/"],
+        URL("http://127.0.0.1:1/api/v2/me"),
+    )
+    login.token = {"X-CSRF-TOKEN": "t"}
+    line = Line(1, Endpoint("http://127.0.0.1:1/"), login, Store())
+    line.session.client_id = "c1"
+    for channel in line.endpoint.channels:
+        line.session.want(channel)
+    line.session._subscribed.update(line.endpoint.channels)
+    kept = line._to_keep()
+    assert kept is not None
+    later = Saved(kept, SAVED_AT)
+
+    again = GenesysClient("http://127.0.0.1:1", {})
+    line = Line(1, line.endpoint, again, Store(), saved=later, wall=lambda: SAVED_AT + timedelta(seconds=30))
+    sent = again.jar.filter_cookies(URL("http://127.0.0.1:1/api/v2/notifications"))
+    assert {name: morsel.coded_value for name, morsel in sent.items()} == {"A": "1", "B": '"x y"'}
+    assert again.token == {"X-CSRF-TOKEN": "t"}
+    kept = line._to_keep()
+    assert kept is not None
+    assert [(each.name, each.max_age) for each in kept.cookies] == [("A", ""), ("B", "30")]
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({}, True),
+        ({"owner": "somebody else"}, False),
+        ({"channels": (CALLS, "/v2/me/other")}, False),
+        ({"connection_types": WEBSOCKET}, True),
+    ],
+)
+def test_whose_session_may_be_resumed(change: dict[str, Any], *, fits: bool) -> None:
+    """The same owner's, which hears all that is wanted."""
+    kept = Kept("s", "c", True, "long-polling", None, (CALLS,), "ada", (), ())
+    endpoint = Endpoint(**{"url": "http://gws", "channels": (CALLS,), "owner": "ada", **change})
+    assert resumable(Saved(kept, SAVED_AT), endpoint) is fits
+    assert not resumable(Saved(kept, SAVED_AT, position=5), endpoint)
+
+
+async def test_a_websocket_is_acknowledged_after_the_commit_and_resumed(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """While nothing is committed the server keeps everything, however often it is asked; then the line is
+    dropped, and the next one goes on over a websocket again."""
+    settings = SimulatorSettings(accounts=1, rate=2_000, timeout_ms=400, max_interval_ms=3_000)
+    async with Simulator(settings) as simulator:
+        (account,) = simulator.accounts.values()
+        basic = aiohttp.encode_basic_auth(account.login, account.password)
+        origin = f"http://{HOST}:{simulator.gws.port}"
+        url = origin + "/api/v2/notifications"
+        how: dict[str, Any] = {"connection_types": WEBSOCKET, "login_first": True}
+        first = Remembering(journal)
+        login = GenesysClient(origin, {"Authorization": basic})
+        async with subscribed(url, first, login, goodbye=False, **how):
+            (session,) = simulator.gws.broker.sessions_of(account.login)
+            first.commits = False
+            await simulator.play(notifications=50)
+            await first.until(lambda: first.heard)
+            batch = session.batch
+            await until(lambda: session.batch >= batch + 3)
+            said = simulator.truth().accounts[account.login].accepted
+            assert session.waiting == said
+            first.commit()
+            first.commits = True
+            await first.until_heard(said)
+            await simulator.drained()
+            assert first.saved is not None
+            first.commits = False
+            await simulator.play(notifications=20)
+            await first.until(lambda: len(first.heard) > said)
+        await simulator.play(notifications=20)
+        second = Remembering(journal)
+        login = GenesysClient(origin, {"Authorization": basic})
+        async with listening(url, second, login, saved=await first.left(), **how):
+            await second.until_told(Unbroken)
+            await simulator.drained()
+        assert simulator.gws.broker.handshakes == 1
+        truth = simulator.truth().accounts[account.login]
+    assert second.gaps == []
+    assert truth.messages is not None
+    rows = await sql.fetch("SELECT raw FROM notification ORDER BY id")
+    assert [row["raw"] for row in rows] == [message.raw for message in truth.messages if message.accepted]
+
+
+async def test_no_farewell_is_said_before_everything_is_durable(cometd_peer: CometdFactory) -> None:
+    """What is heard and not committed would be lost with the session: it stays, and may be resumed."""
+    peer = await cometd_peer(**SERVER)
+    store = Store(commits=False)
+    limits = Limits(**{**_fields(LIMITS), "request_s": 0.3})
+    async with subscribed(peer.url, store, limits=limits):
+        await says(peer, 5, whole=True)
+        await store.until(lambda: store.heard)
+    assert (await peer.stats())["disconnects"] == 0
+    assert store.saved is not None
 
 
 async def test_goodbye_to_a_server_that_is_gone_is_bounded(
