@@ -731,7 +731,7 @@ def test_ids_needed_are_what_is_used() -> None:
 def test_ids_are_all_that_name_a_call() -> None:
     """Without repeats, the id as received first."""
     one = Notification("", "", "a", call_uuid="b", conn_id="a", previous_conn_id="c")
-    assert ids(one) == ("a", "b", "c")
+    assert [*ids(one)] == ["a", "b", "c"]
     assert ids(Snapshot((one, Notification("", "", "d", conn_id="b")), True)) == ("a", "b", "c", "d")
     assert ids(Aside("x")) == ids(Unrecognised("y")) == ()
     assert [ids_needed(x) for x in (one, Snapshot((one, one), True), Aside("x"))] == [1, 3, 1]
