@@ -5,6 +5,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import asyncpg
@@ -13,8 +14,9 @@ import pytest
 from listener.core.calls import Cover, Entry, Heard, Recorded
 from listener.core.decode import decode
 from listener.errors import StoreUnavailable
-from listener.pipeline import RETRY_S, RETRY_S_MAX, Pipeline
+from listener.pipeline import RETRY_S, RETRY_S_MAX, Pipeline, Spooling
 from listener.store.journal import AccountRow, Journal
+from listener.store.spool import Spool
 from tests.support.memory import HEARD_AT, MemoryJournal, Said, until
 from tests.support.outage import Fragile
 
@@ -174,14 +176,12 @@ async def real_journal(fragile_database: str) -> AsyncIterator[Journal]:
 
 
 @pytest.fixture(params=["memory", "postgresql"])
-def candidate(request: pytest.FixtureRequest) -> Candidate:
+def candidate(request: pytest.FixtureRequest, fragile: Fragile) -> Candidate:
     """Each journal that the pipeline is tested with."""
     if request.param == "memory":
         return InMemory()
     journal = request.getfixturevalue("real_journal")
-    return InPostgres(
-        journal, request.getfixturevalue("fragile"), request.getfixturevalue("fragile_database")
-    )
+    return InPostgres(journal, fragile, request.getfixturevalue("fragile_database"))
 
 
 def places(heard: list[Heard]) -> list[tuple[str, int, bytes]]:
@@ -212,7 +212,7 @@ async def test_a_journal_that_is_away_stores_nothing_and_takes_the_same_later(ca
         with pytest.raises(StoreUnavailable):
             await candidate.journal.record(entries(heard))
         with pytest.raises(StoreUnavailable):
-            await candidate.journal.cover([Cover(1, HEARD_AT)])
+            await candidate.journal.cover([Cover(1, HEARD_AT)], {})
     finally:
         await candidate.back()
     assert await candidate.stored(1) == []
@@ -224,9 +224,9 @@ async def test_a_journal_that_is_away_stores_nothing_and_takes_the_same_later(ca
 async def test_a_journal_takes_the_turns_of_coverage_in_order(candidate: Candidate) -> None:
     """The last turn of an account is what is true of it."""
     turns_of_both = [Cover(1, HEARD_AT), Cover(2, HEARD_AT), Cover(1, HEARD_AT, "disconnected")]
-    await candidate.journal.cover(turns_of_both)
+    await candidate.journal.cover(turns_of_both, {})
     assert (await candidate.present(1), await candidate.present(2)) == ("disconnected", "")
-    await candidate.journal.cover([Cover(1, HEARD_AT)])
+    await candidate.journal.cover([Cover(1, HEARD_AT)], {})
     assert await candidate.present(1) == ""
 
 
@@ -576,3 +576,193 @@ async def test_drain_waits_for_the_last_commit_and_not_when_there_is_nothing() -
         journal.release()
         await draining
     assert sum(map(len, journal.batches)) == 2
+
+
+# ── The spool ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Seen:
+    """What the pipeline said of its spool."""
+
+    def __init__(self) -> None:
+        self.said: list[Spooling] = []
+
+    def __call__(self, now: Spooling) -> None:
+        """How it stands."""
+        self.said.append(now)
+
+
+@asynccontextmanager
+async def spooling(
+    journal: MemoryJournal, place: Path, *, bytes_max: int = 2**30, **more: Any
+) -> AsyncIterator[tuple[Pipeline, Seen]]:
+    """A pipeline with a real spool, which soon takes a store for away."""
+    spool, seen = Spool.open(place, bytes_max=bytes_max), Seen()
+    settings: dict[str, Any] = {
+        "writers": 2,
+        "spool_after_s": 0.02,
+        "pause": lambda _: asyncio.sleep(0.01),
+    } | more
+    try:
+        pipeline = Pipeline(journal, Counts(), spool=spool, spooling=seen, **settings)
+        async with running(pipeline):
+            yield pipeline, seen
+    finally:
+        spool.close()
+
+
+async def test_a_store_that_answers_costs_no_file(tmp_path: Path) -> None:
+    """As long as commits come in time, nothing is made, written or read."""
+    journal = MemoryJournal()
+    async with spooling(journal, tmp_path / "spool", spool_after_s=5.0) as (pipeline, seen):
+        for account in range(1, 20):
+            await pipeline.hear(line(account).next(5), lambda: None)
+        await pipeline.drain()
+        assert len(seen.said) == 1
+    assert not (tmp_path / "spool").exists()
+    assert sum(map(len, journal.batches)) == 95
+
+
+async def test_what_is_spooled_leaves_memory_keeps_its_order_and_is_acknowledged_by_its_commit(
+    tmp_path: Path,
+) -> None:
+    """What was in hand, what waited and what comes while the store is away; then what comes afterwards."""
+    journal = MemoryJournal()
+    journal.available = False
+    lines = [line(account) for account in (1, 2, 3)]
+    committed: list[tuple[int, int]] = []
+
+    async def say(pipeline: Pipeline, times: int) -> None:
+        for _ in range(times):
+            for each in lines:
+                heard = each.next(2)
+                await pipeline.hear(heard, partial(committed.append, (each.account, heard[-1].position)))
+            await asyncio.sleep(0)
+
+    async with spooling(journal, tmp_path / "spool", batch_max=7) as (pipeline, seen):
+        await say(pipeline, 20)
+        await until(lambda: pipeline.spooled_notifications == 120)
+        await say(pipeline, 20)
+        await until(lambda: pipeline.spooled_notifications == 240)
+        assert (pipeline.backlog_bytes, pipeline.backlog_notifications, committed) == (0, 240, [])
+        assert seen.said[-1].oldest == HEARD_AT
+        await until(lambda: not pipeline.available)
+        journal.available = True
+        await say(pipeline, 20)
+        await pipeline.drain()
+        assert pipeline.available
+    for each in lines:
+        assert journal.stored(each.account) == each.said
+        assert [position for account, position in committed if account == each.account] == [*range(2, 121, 2)]
+    assert max(map(len, journal.batches)) <= 7
+    last = seen.said[-1]
+    assert (last.notifications, last.size_bytes, last.oldest, last.trouble) == (0, 0, None, "")
+    assert 240 <= last.drained <= 360
+
+
+async def test_a_backlog_above_its_share_goes_to_the_spool_though_the_store_answers(tmp_path: Path) -> None:
+    """Memory stays bounded and `hear` goes on while a writer waits for a slow commit."""
+    journal = MemoryJournal()
+    said = line(1, padding=1000)
+    async with spooling(journal, tmp_path / "spool", backlog_bytes_max=20_000, spool_after_s=60.0) as (
+        pipeline,
+        seen,
+    ):
+        journal.hold(1)
+        await pipeline.hear(said.next(), lambda: None)
+        await until(lambda: journal.attempts == 1)
+        async with asyncio.timeout(10):
+            for _ in range(59):
+                await pipeline.hear(said.next(), lambda: None)
+            await until(lambda: pipeline.backlog_bytes < 10_000)
+        assert pipeline.spooled_notifications > 40
+        assert pipeline.available
+        journal.release()
+        await pipeline.drain()
+    assert [one.position for one in journal.stored(1)] == list(range(1, 61))
+    assert seen.said[-1].drained > 40
+
+
+async def test_a_full_spool_makes_hear_wait_and_drops_nothing(tmp_path: Path) -> None:
+    """It is said why; when the store is back, all of it is stored in order and the trouble is over."""
+    journal = MemoryJournal()
+    journal.available = False
+    said = line(1, padding=1000)
+    async with (
+        spooling(journal, tmp_path / "spool", bytes_max=30_000, backlog_bytes_max=20_000) as (pipeline, seen),
+        asyncio.TaskGroup() as tasks,
+    ):
+
+        async def talk() -> None:
+            for _ in range(100):
+                await pipeline.hear(said.next(), lambda: None)
+
+        talking = tasks.create_task(talk())
+        await until(lambda: "raise limits.spool_bytes_max" in pipeline.spool_trouble)
+        await until(lambda: pipeline.backlog_bytes >= 20_000)
+        heard = said.position
+        await turns()
+        assert (said.position, talking.done()) == (heard, False)
+        assert seen.said[-1].size_bytes <= 30_000
+        assert seen.said[-1].trouble == pipeline.spool_trouble
+        journal.available = True
+        await talking
+        await pipeline.drain()
+        await until(lambda: pipeline.spool_trouble == "")
+    assert journal.stored(1) == said.said
+    assert len(said.said) == 100
+
+
+async def test_a_delivery_that_was_damaged_in_the_spool_holds_up_nothing(tmp_path: Path) -> None:
+    """It is set aside and counted, and its session goes on; all others are stored."""
+    journal = MemoryJournal()
+    journal.available = False
+    said = line(1)
+    committed: list[int] = []
+    async with spooling(journal, tmp_path / "spool") as (pipeline, seen):
+        for number in range(5):
+            await pipeline.hear(said.next(), partial(committed.append, number))
+        await until(lambda: pipeline.spooled_notifications == 5)
+        (path,) = (tmp_path / "spool").glob("*.spool")
+        content = bytearray(path.read_bytes())
+        content[content.index(said.said[2].raw) + 5] ^= 1
+        path.write_bytes(content)
+        journal.available = True
+        await pipeline.drain()
+    assert [one.position for one in journal.stored(1)] == [1, 2, 4, 5]
+    assert committed == [0, 1, 2, 3, 4]
+    assert seen.said[-1].set_aside == 1
+    assert [path.suffix for path in (tmp_path / "spool").iterdir() if path.name != "lock"] == [".damaged"]
+
+
+async def test_secure_puts_on_disk_what_waits_and_the_next_run_stores_it_first(tmp_path: Path) -> None:
+    """A stop without a store: nothing is left in memory alone, also where nothing was spooled before."""
+    journal = MemoryJournal()
+    said = line(1)
+    journal.hold(1)
+    async with spooling(journal, tmp_path / "spool", spool_after_s=60.0) as (pipeline, _):
+        for _ in range(3):
+            await pipeline.hear(said.next(2), lambda: None)
+        async with asyncio.timeout(5):
+            await pipeline.secure()
+        assert (pipeline.backlog_bytes, pipeline.spooled_notifications) == (0, 6)
+    later = MemoryJournal()
+    async with spooling(later, tmp_path / "spool") as (pipeline, seen):
+        assert pipeline.backlog_notifications == 6
+        await pipeline.hear(said.next(), lambda: None)
+        await pipeline.drain()
+    assert later.stored(1) == said.said
+    assert seen.said[-1].drained == 6
+
+
+async def test_secure_does_not_wait_for_a_spool_that_takes_nothing(tmp_path: Path) -> None:
+    """A stop is bounded, whatever the disk does."""
+    journal = MemoryJournal()
+    journal.hold(1)
+    (tmp_path / "file").write_text("")
+    async with spooling(journal, tmp_path / "file" / "spool", spool_after_s=60.0) as (pipeline, _):
+        await pipeline.hear(line(1).next(), lambda: None)
+        async with asyncio.timeout(5):
+            await pipeline.secure()
+        assert pipeline.spool_trouble
+        assert pipeline.backlog_notifications == 1
