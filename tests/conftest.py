@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 
 from tests.support.database import database, empty_database, journal, postgres, sql, template
-from tests.support.leftovers import Before, tasks_left
+from tests.support.leftovers import UNHEARD, Before, tasks_left
 from tests.support.outage import fragile, fragile_database
 from tests.support.peers import cometd_peer, faye_peer, node, tcp_proxy
 
@@ -40,15 +40,38 @@ def own_state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
 
 
 _LEFT = pytest.StashKey[list[str]]()
+_before: list[Before] = []
+"""What there was before the test that runs now."""
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Look what the test leaves. Autouse fixtures come first and so end last, this one after all others, when
-    also the loop is closed. What fixtures of the session made was there before."""
-    before = Before()
+    also the loop is closed."""
+    UNHEARD.taken()
+    _before.append(Before())
     yield
-    request.node.stash[_LEFT] = before.left()
+    request.node.stash[_LEFT] = _before.pop().left()
+
+
+class _Lasting:
+    """Knows fixtures that live longer than a test. A plugin, since pytest asks no folder's conftest about the
+    fixtures of the session."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[object]) -> Generator[None, object, object]:
+        """What they make is not left by the test that asked for them first."""
+        if fixturedef.scope == "function" or not _before:
+            return (yield)
+        earlier = Before()
+        made = yield
+        _before[-1].and_what_came_since(earlier)
+        return made
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest ask it."""
+    config.pluginmanager.register(_Lasting())
 
 
 @pytest.hookimpl(wrapper=True)

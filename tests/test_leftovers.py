@@ -87,6 +87,18 @@ LEAKS = {
         ),
         "ZeroDivisionError",
     ),
+    "a_fixture_that_lasts": (
+        (
+            "def test_{name}(request):\n"
+            "    request.getfixturevalue('lasting')\n"
+            "    KEPT.append(socket.socket())\n"
+        ),
+        "socket ",
+    ),
+    "nothing_but_a_fixture_that_lasts": (
+        "def test_{name}(request):\n    request.getfixturevalue('lasting_too')\n",
+        "",
+    ),
     "nothing": (
         (
             "async def test_{name}():\n"
@@ -105,8 +117,20 @@ LEAKS = {
 HEAD = """
 import asyncio, os, socket, subprocess, threading
 import aiohttp
+import pytest
 
 KEPT = []
+
+@pytest.fixture(scope="session")
+def lasting():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+@pytest.fixture(scope="session")
+def lasting_too():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
 OVER = threading.Event()
 
 async def fails():
@@ -127,13 +151,14 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     place = tmp_path_factory.mktemp("leaking")
     (place / "conftest.py").write_text(
         "from tests.conftest import (\n"
-        "    _tasks_end, no_task_is_left_behind, nothing_is_left_behind, pytest_runtest_teardown)\n"
+        "    _tasks_end, no_task_is_left_behind, nothing_is_left_behind, pytest_configure,\n"
+        "    pytest_runtest_teardown)\n"
         "from tests.support import leftovers\n"
         "leftovers.SETTLE_s = 0.1\n"
     )
     tests = "\n".join(text.format(name=name) for name, (text, _) in LEAKS.items())
     (place / "test_leaking.py").write_text(HEAD + tests)
-    options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(place), "-p", "no:cacheprovider"]
+    options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(place.parent), "-p", "no:cacheprovider"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "--no-header", "-rN", str(place)],
         cwd=ROOT,

@@ -18,6 +18,7 @@ import os
 import stat
 import threading
 import time
+from collections import Counter
 from weakref import WeakSet
 
 import aiohttp
@@ -83,11 +84,18 @@ class Before:
     """What there is before a test; `left` says what is there beyond it afterwards."""
 
     def __init__(self) -> None:
-        UNHEARD.taken()
         self._threads = set(threading.enumerate())
         self._children = _children()
         self._open = set(_open)
-        self._descriptors = _descriptors()
+        self._descriptors = Counter({there: len(numbers) for there, numbers in _descriptors().items()})
+
+    def and_what_came_since(self, earlier: "Before") -> None:
+        """What there is now and was not at an earlier look may stay: its maker outlives the test."""
+        now = Before()
+        self._threads |= now._threads - earlier._threads
+        self._children |= now._children - earlier._children
+        self._open |= now._open - earlier._open
+        self._descriptors += now._descriptors - earlier._descriptors
 
     def left(self) -> list[str]:
         """A sentence for each thing that is left over; waits up to `SETTLE_s` for what is on its way out."""
@@ -105,7 +113,7 @@ class Before:
         found += [f"child process {pid}" for pid in _children() - self._children]
         found += [f"not closed: {each!r}" for each in _open if not each.closed and each not in self._open]
         for there, numbers in _descriptors().items():
-            found += map(_described, sorted(numbers)[len(self._descriptors.get(there, ())) :])
+            found += map(_described, sorted(numbers)[self._descriptors[there] :])
         return found
 
 
