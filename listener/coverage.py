@@ -11,8 +11,8 @@ loses what was heard and not committed: so the heartbeat vouches for an account 
 whose messages are all durable. And while the store is slow, a session that
 acknowledges leaves the newer messages with the server: if the server forgets the session then, the gap
 began when we stopped taking. And a server may answer every connect and say nothing: a probe
-(`listener.probe`) finds that out, and the gap began after the last that was heard, or the last probe that
-agreed, since the answers in between prove nothing.
+(`listener.probe`) finds that out, and the gap began after the last that was heard, since neither the answers
+in between nor a probe that agreed prove that nothing was missed.
 
 Nothing here decides what a gap is (`listener.core.session` does), and nothing here speaks SQL or HTTP: the
 protocols below say what is needed of both.
@@ -456,15 +456,11 @@ class Watch:
             await self._pause(self._settled_s)
         return self._as_heard(reply), decoded
 
-    def agreed(self, at: datetime) -> None:
-        """A list of the live calls that was asked for then shows nothing that was not heard."""
-        self._sure_at = at if self._sure_at is None else max(self._sure_at, at)
-
     async def give_up(self, detail: str, by: datetime) -> None:
         """Something that was said by then was not heard: this session ends, and another one begins.
 
-        The gap, with the cause "stalled", begins with the last message about a call, or the last list that
-        agreed, or else with the subscription.
+        The gap, with the cause "stalled", begins with the last message about a call, or else with the
+        subscription. A list that agreed in between moves nothing: a call may have come and gone unheard.
         """
         if self._ended or self._abandon is None:
             return

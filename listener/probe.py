@@ -8,8 +8,9 @@ a gap with the cause "stalled", which begins with the last moment that can be vo
 the next session closes and opens what was missed.
 
 What a probe cannot know: a call that began and ended between two probes leaves no trace in either list, nor
-does a message that changed neither a call's state nor its being there; and where the list after it agreed,
-it lies before the gap. An account without calls agrees, deaf or not; it is found out by the first call that
+does a message that changed neither a call's state nor its being there. So a list that agrees does not prove
+that all was heard, and a gap that is found later reaches back behind it, to the last message: too long it may
+be, but never too short. An account without calls agrees, deaf or not; it is found out by the first call that
 lasts from one list to the next. A list that does not come, or does not claim to be complete, proves nothing;
 nor does one that differs each time in something else. An agreement writes nothing to the journal.
 
@@ -69,9 +70,6 @@ class Listened(Protocol):
 
     async def live(self) -> tuple[Heard, Snapshot]:
         """A complete list of its live calls, once everything that was said before it came is durable."""
-
-    def agreed(self, at: datetime) -> None:
-        """What was heard until then is all that a list of live calls can show."""
 
     async def give_up(self, detail: str, by: datetime) -> None:
         """Something that was said by then was not heard: this session ends, and another one begins."""
@@ -190,9 +188,6 @@ class Probe:
             if stretch is None or one.stretch != stretch:
                 return FAILED, ""  # its own gap, or its end, says more
             if not found:
-                # The list was made between the question and its answer: it vouches up to the question, and
-                # shows what was said before the answer.
-                one.agreed(heard.asked_at or heard.received_at)
                 return AGREED, ""
             by = by or heard.received_at
             if sure := confirmed(before, found):

@@ -64,7 +64,6 @@ class Place:
         """One for each question to come; then the empty one."""
         self.asked_s: list[float] = []
         """When it was asked about."""
-        self.agreements: list[datetime] = []
         self.given_up: list[tuple[str, datetime]] = []
         self.open = asyncio.Event()
         """Lists wait while it is not set."""
@@ -88,10 +87,6 @@ class Place:
         decoded = decode(raw, PATH)
         assert isinstance(decoded, Snapshot)
         return Heard(1, "a list", 1, self._clock.wall(), PATH, raw, Source.SNAPSHOT, asked_at), decoded
-
-    def agreed(self, at: datetime) -> None:
-        """A list agreed."""
-        self.agreements.append(at)
 
     async def give_up(self, detail: str, by: datetime) -> None:
         """It is deaf."""
@@ -219,7 +214,6 @@ async def test_a_list_that_agrees_is_told_with_the_time_when_it_was_asked_for(as
     place.late_s = 0.5
     async with asking.running():
         await asking.clock.advance(EVERY_S + 1)
-    assert place.agreements == [BEGAN_AT + timedelta(seconds=60)]
     assert (asking.results, place.given_up) == (["agreed"], [])
 
 
@@ -245,7 +239,6 @@ async def test_a_difference_that_is_gone_was_a_race(asking: Asking) -> None:
     async with asking.running():
         await asking.clock.advance(EVERY_S + CONFIRM_S)
     assert (asking.results, place.given_up) == (["agreed"], [])
-    assert place.agreements == [BEGAN_AT + timedelta(seconds=65)]
 
 
 async def test_lists_that_differ_each_time_in_something_else_prove_nothing(asking: Asking) -> None:
@@ -254,7 +247,7 @@ async def test_lists_that_differ_each_time_in_something_else_prove_nothing(askin
     async with asking.running():
         await asking.clock.advance(EVERY_S + LOOKS_MAX * CONFIRM_S)
     assert len(place.asked_s) == LOOKS_MAX
-    assert (asking.results, place.given_up, place.agreements) == (["failed"], [], [])
+    assert (asking.results, place.given_up) == (["failed"], [])
 
 
 async def test_what_was_compared_across_a_gap_proves_nothing(asking: Asking) -> None:
@@ -268,7 +261,7 @@ async def test_what_was_compared_across_a_gap_proves_nothing(asking: Asking) -> 
         await asking.clock.advance(EVERY_S)
         place.meanwhile = lost
         await asking.clock.advance(CONFIRM_S)
-    assert (asking.results, place.given_up, place.agreements) == (["failed"], [], [])
+    assert (asking.results, place.given_up) == (["failed"], [])
 
 
 @pytest.mark.parametrize(
@@ -276,11 +269,11 @@ async def test_what_was_compared_across_a_gap_proves_nothing(asking: Asking) -> 
 )
 async def test_a_probe_that_breaks_is_counted_and_comes_again(asking: Asking, trouble: Exception) -> None:
     """Whatever breaks it proves nothing, and is nobody else's trouble."""
-    place, other = asking.place(trouble), asking.place()
+    asking.place(trouble)
+    asking.place()
     async with asking.running():
         await asking.clock.advance(2 * EVERY_S)
     assert sorted(asking.results) == ["agreed", "agreed", "agreed", "failed"]
-    assert (len(place.agreements), len(other.agreements)) == (1, 2)
 
 
 async def test_a_probe_that_fails_is_said_once(asking: Asking) -> None:
@@ -338,21 +331,19 @@ async def stage(journal: Journal, sql: asyncpg.Connection) -> AsyncIterator[Stag
 
 
 @pytest.mark.parametrize(
-    ("message_s", "channel", "agreed_s", "since_s"),
+    ("message_s", "channel", "since_s"),
     [
-        (None, "", None, 0),
-        (20, "/v2/me/calls", None, 20),
-        (20, "/workspace/v3/voice", None, 20),
-        (20, "/v2/me/devices", None, 0),
-        (20, "/v2/me/calls", 30, 30),
-        (20, "/v2/me/calls", 10, 20),
-        (58, "/v2/me/calls", 30, 55),
+        (None, "", 0),
+        (20, "/v2/me/calls", 20),
+        (20, "/workspace/v3/voice", 20),
+        (20, "/v2/me/devices", 0),
+        (58, "/v2/me/calls", 55),
     ],
 )
 async def test_the_gap_begins_with_the_last_that_can_be_vouched_for(
-    stage: Stage, message_s: float | None, channel: str, agreed_s: float | None, since_s: float
+    stage: Stage, message_s: float | None, channel: str, since_s: float
 ) -> None:
-    """The subscription, the last message about a call, or the last list that agreed; not the answers since,
+    """The subscription, or the last message about a call; not the answers since,
     for which heartbeats have vouched; and not later than the list that showed what was missing (at 55)."""
     one = stage.watch()
 
@@ -371,8 +362,6 @@ async def test_the_gap_begins_with_the_last_that_can_be_vouched_for(
                 [Heard(1, str(uuid4()), 1, stage.clock.wall(), channel, b"{}")], lambda: None
             )
             await stage.settled()
-        if second == agreed_s:
-            one.watch.agreed(stage.clock.wall())
         one.answered()
     async with asyncio.timeout(10):
         while (await stage.seen_s() or 0) < 55:
