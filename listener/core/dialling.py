@@ -698,8 +698,8 @@ def meaning(cause: Cause) -> Meaning:
 
 def _record_meaning(code: str) -> Meaning:
     """A record's `end_reason end_code` that has no row of its own: by the reason, or the code."""
-    reason, _, number = code.partition(" ")
-    row = END_REASONS.get(reason)
+    reason, _, number = code.rpartition(" ")
+    row = END_REASONS.get(reason or code)
     if row is not None and reason != "error":
         return row
     by_code = Q850.get(number)
@@ -911,13 +911,10 @@ def _noojee(dial: Dial, fact: NoojeeStatus, at: datetime, deadlines: Deadlines) 
         case "Dialing Out":
             return _reach(dial, DialState.DIALING, at, deadlines), False
         case "Ringing":
-            # "Inbound ringing this extension": the agent's, as long as nothing was dialled out.
-            rings = dialled and not fact.inbound
-            state = DialState.RINGING if rings else DialState.DIALING_AGENT
-            return _reach(dial, state, at, deadlines), False
+            # "Inbound ringing this extension": the agent's own phone, whatever else goes on.
+            return _reach(dial, DialState.DIALING_AGENT, at, deadlines), False
         case "Connected":
-            own_leg = fact.inbound and not dialled
-            state = DialState.DIALING_AGENT if own_leg else DialState.CONNECTED
+            state = DialState.DIALING_AGENT if fact.inbound else DialState.CONNECTED
             return _reach(dial, state, at, deadlines), False
         case "Unlinked":
             return dial, False
@@ -1094,7 +1091,7 @@ def normalised(number: str, country: str | None = None) -> str:
     digits = "".join(each for each in text if each in "0123456789*#")
     if not digits:
         return text.lower()
-    if not text.startswith("+") and digits.startswith("00"):
+    if not text.startswith("+") and digits.startswith("00") and len(digits) > ENDING_DIGITS_MIN:
         return digits[2:]
     if country is not None and len(digits) == 10 and digits[0] == "0":
         return country + digits[1:]

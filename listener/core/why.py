@@ -47,7 +47,7 @@ TALLIES_MAX = 50_000
 VALUES_MAX = 400
 """Values of one dimension that are tried, those with the most failures first."""
 
-BEAM = 12
+BEAM = 8
 """Groups that are tried with a further condition, the best first."""
 
 CONDITIONS_MAX = 3
