@@ -589,7 +589,7 @@ async def test_an_outage_of_the_database_costs_nothing_but_time(
 
 
 @pytest.mark.parametrize("ack", [True, False])
-async def test_an_outage_without_a_spool_costs_a_session_that_acknowledges_nothing_but_time(
+async def test_an_outage_of_the_database_costs_a_session_that_acknowledges_nothing_but_time(
     fragile: Fragile, fragile_database: str, ack: bool
 ) -> None:
     """PostgreSQL is away for longer than the server keeps a silent session, and the spool cannot be written.

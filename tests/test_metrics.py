@@ -260,6 +260,22 @@ def test_the_plain_ones() -> None:
     assert _value(metrics, "listener_gap_seconds_total", cause="other") == 4
 
 
+def test_the_spool_is_shown() -> None:
+    """What is in it now, and what went through it."""
+    metrics = Metrics()
+    metrics.spool(notifications=12, size_bytes=3000, oldest=NOON, drained=0, set_aside=0, full=True)
+    assert _value(metrics, "listener_spool_notifications") == 12
+    assert _value(metrics, "listener_spool_bytes") == 3000
+    assert _value(metrics, "listener_spool_oldest_timestamp_seconds") == NOON.timestamp()
+    assert _value(metrics, "listener_spool_full") == 1
+    metrics.spool(notifications=0, size_bytes=0, oldest=None, drained=12, set_aside=1, full=False)
+    metrics.spool_damaged(2)
+    assert _value(metrics, "listener_spool_oldest_timestamp_seconds") == 0
+    assert _value(metrics, "listener_spool_full") == 0
+    assert _value(metrics, "listener_spool_drained_total") == 12
+    assert _value(metrics, "listener_spool_set_aside_total") == 3
+
+
 def test_every_series_is_there_from_the_start() -> None:
     """The set of series never changes, whatever is counted: no label value is made up on the way."""
 

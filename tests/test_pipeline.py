@@ -18,7 +18,7 @@ from listener.pipeline import RETRY_S, RETRY_S_MAX, Pipeline, Spooling
 from listener.store.journal import AccountRow, Journal
 from listener.store.spool import Spool
 from tests.support.memory import HEARD_AT, MemoryJournal, Said, until
-from tests.support.outage import Fragile
+from tests.support.outage import Fragile, briefly
 
 
 class Counts:
@@ -601,7 +601,7 @@ async def spooling(
     settings: dict[str, Any] = {
         "writers": 2,
         "spool_after_s": 0.02,
-        "pause": lambda _: asyncio.sleep(0.01),
+        "pause": briefly,
     } | more
     try:
         pipeline = Pipeline(journal, Counts(), spool=spool, spooling=seen, **settings)

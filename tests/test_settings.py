@@ -622,3 +622,25 @@ def test_every_setting_has_a_cure() -> None:
     ]
     assert undescribed == []
     assert isinstance(load(None, environ={}), Settings)
+
+
+# ── The spool's place ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("store", "environ", "place"),
+    [
+        ({"spool_dir": "/x/spool", "dsn": "postgresql:///x"}, {"STATE_DIRECTORY": "/state"}, "/x/spool"),
+        ({}, {"STATE_DIRECTORY": "/state"}, "listener-data-spool"),
+        ({"data_dir": "/data/postgres"}, {}, "/data/postgres-spool"),
+        ({"dsn": "postgresql:///x"}, {"STATE_DIRECTORY": "/state:/other"}, "/state/spool"),
+        ({"dsn": "postgresql:///x"}, {"XDG_STATE_HOME": "/xdg"}, "/xdg/listener/spool"),
+        ({"dsn": "postgresql:///x"}, {"XDG_STATE_HOME": "xdg"}, "~/.local/state/listener/spool"),
+    ],
+)
+def test_the_spool_lies_where_it_is_set_or_beside_the_data(
+    store: dict[str, str], environ: dict[str, str], place: str
+) -> None:
+    """As set; else beside the bundled server; else in the state directory of systemd or XDG."""
+    found = Settings.model_validate({"store": store}).spool_directory(environ)
+    assert found == Path(place).expanduser()

@@ -27,10 +27,10 @@ from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
 from listener.store.spool import Spool, inspect
 from tests.support.database import THROWAWAY
-from tests.support.memory import Said, until
-from tests.support.outage import Fragile
+from tests.support.memory import Said
+from tests.support.outage import Fragile, briefly
+from tests.support.running import until
 
-POLL_s = 0.01
 ROOT = Path(__file__).parents[2]
 
 
@@ -175,9 +175,7 @@ async def out_of_connections(fragile: Fragile, dsn: str) -> AsyncIterator[None]:
                 await take_all()
             return not ended
 
-        async with asyncio.timeout(10):
-            while not await shut_out():  # noqa: ASYNC110 - nobody tells who got the place
-                await asyncio.sleep(POLL_s)
+        await until(shut_out)
         yield
 
 
@@ -194,6 +192,11 @@ async def disk_full(fragile: Fragile, dsn: str) -> AsyncIterator[None]:
         await connection.execute("DROP FUNCTION full_disk CASCADE")
 
 
+_WAITS = """
+    SELECT count(*) FROM pg_stat_activity WHERE application_name = 'listener journal'
+    AND wait_event_type = 'Lock' AND datname = current_database()"""
+
+
 @asynccontextmanager
 async def deadlocked(fragile: Fragile, dsn: str) -> AsyncIterator[None]:
     """Another one locks the accounts in the wrong order, and ours is the victim."""
@@ -201,12 +204,12 @@ async def deadlocked(fragile: Fragile, dsn: str) -> AsyncIterator[None]:
         await other.execute("SELECT FROM account WHERE id = 2 FOR UPDATE")
 
         async def close_the_circle() -> None:
-            async with superuser(dsn) as watcher, asyncio.timeout(10):
-                while not await watcher.fetchval(  # noqa: ASYNC110 - a lock that is waited for tells nobody
-                    "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'listener journal'"
-                    " AND wait_event_type = 'Lock' AND datname = current_database()"
-                ):
-                    await asyncio.sleep(POLL_s)
+            async with superuser(dsn) as watcher:
+
+                async def waits() -> bool:
+                    return bool(await watcher.fetchval(_WAITS))
+
+                await until(waits)
             await other.execute("SELECT FROM account WHERE id = 1 FOR UPDATE")
 
         async with asyncio.TaskGroup() as tasks:
@@ -268,7 +271,7 @@ async def at_work(
                 writers=1,
                 batch_max=50,
                 spool_after_s=spool_after_s,
-                pause=lambda _: asyncio.sleep(0.05),
+                pause=briefly,
             )
             work = tasks.create_task(pipeline.run())
             try:

@@ -20,6 +20,13 @@ from tests.support.database import THROWAWAY, administer, new_database
 
 TEMPLATE = "fragile_template"
 
+PAUSE_s = 0.02
+
+
+async def briefly(_: float) -> None:
+    """A pause between two attempts, as short as a test wants it: for a pipeline."""
+    await asyncio.sleep(PAUSE_s)
+
 
 class Fragile:
     """The server, and what may happen to it."""
