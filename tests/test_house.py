@@ -17,11 +17,13 @@ import pytest
 from pydantic import BaseModel
 
 from listener import settings
+from listener.core.calls import GAP_CAUSES
 from listener.core.normalise import diagram
 from listener.metrics import Metrics
 from listener.settings import load
 
 ROOT = Path(__file__).parents[1]
+PROMISES = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLE = ROOT / settings.EXAMPLE
 
@@ -208,9 +210,51 @@ def test_the_readme_names_the_columns_of_an_accounts_file() -> None:
     assert set(re.findall(r"`(\w+)`", sentence)) == set(settings.Account.model_fields)
 
 
+FAULTS_MIN = 25
+
+
+def _faults() -> list[list[str]]:
+    """The rows of the fault table of docs/promises.md, cell by cell."""
+    table = PROMISES.partition("\n## The faults\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row] for row in rows if set(row[0].strip()) != {"-"}][1:]
+
+
+def test_each_fault_has_its_row_and_each_row_its_test() -> None:
+    """A row is a fault, what is seen of it, what is lost, and tests that exist, also with that parameter."""
+    rows = _faults()
+    support = "".join((ROOT / path).read_text(encoding="utf-8") for path in _python("tests/support"))
+    assert len(rows) >= FAULTS_MIN
+    assert len({row[0] for row in rows}) == len(rows)
+    missing = []
+    for row in rows:
+        assert len(row) == 4, row
+        assert all(row), row
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)(?:\[([^\]]+)\])?`", row[3])
+        if not tests or re.sub(r"`[^`]+`", "", row[3]).strip():
+            missing.append(f"{row[0]}: no test, or something that is none: {row[3]}")
+        for path, name, parameter in tests:
+            text = (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).is_file() else ""
+            if not re.search(rf"^(?:async )?def {name}\(", text, flags=re.MULTILINE):
+                missing.append(f"{row[0]}: {path} has no {name}")
+            elif parameter and f'"{parameter}"' not in text + support:
+                missing.append(f"{row[0]}: {name} has no {parameter}")
+    assert missing == []
+
+
+def test_the_promises_use_the_names_that_are_there() -> None:
+    """Each metric, cause of a gap and log line that docs/promises.md names is one of ours."""
+    metrics = {metric.name for metric in Metrics().catalogue()}
+    assert set(re.findall(r"`(listener_\w+)", PROMISES)) <= metrics
+    assert set(re.findall(r"\bgap `([\w ]+)`", PROMISES)) <= GAP_CAUSES
+    said = "".join((ROOT / path).read_text(encoding="utf-8") for path in _python("listener"))
+    lines = re.findall(r'`"([^"`]+)"`', PROMISES) + re.findall(r'`` ?"([^"]+)" ?``', PROMISES)
+    assert [line for line in lines if f'"{line}"' not in said] == []
+
+
 def test_documents_link_to_files_that_exist() -> None:
     """A relative link leads somewhere."""
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "grafana" / "README.md"):
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "grafana" / "README.md"):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
