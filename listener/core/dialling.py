@@ -28,7 +28,7 @@ behind anybody's back: `match` says what speaks for it, and two equal candidates
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import assert_never
@@ -373,6 +373,10 @@ class MatchConfidence(StrEnum):
     NONE = "none"
 
 
+CALL_WINDOW_S = 60.0
+"""How long after its request a dial's call may begin, without a reference that says more."""
+
+
 class Sighting(Struct, frozen=True, gc=False):
     """What a heard call, or a record of one, shows to be recognised by; `sighting` makes it from a `Call`."""
 
@@ -382,11 +386,13 @@ class Sighting(Struct, frozen=True, gc=False):
     account: int | None = None
     """None: not known, or not one of ours."""
     number: str | None = None
+    also: tuple[str, ...] = ()
+    """Other numbers that it has for the callee, such as the one that was dialled: any of them may agree."""
     device: str | None = None
+    """The id of the device or extension, as a dial has it."""
     reference: str | None = None
-    window_s: float = 60.0
-    """How long after the request it may have been heard: for a call, so long as acceptance may take; for a
-    record of its end, `Deadlines.dial_s`."""
+    window_s: float = CALL_WINDOW_S
+    """How long after the request it may have been heard; for a record of its end, `Deadlines.dial_s`."""
 
 
 class Match(Struct, frozen=True, gc=False):
@@ -1114,15 +1120,17 @@ def extension(device: str) -> str:
     return device.strip().rsplit("/", 1)[-1].split("-", 1)[0] if "/" in device else device.strip()
 
 
-def sighting(call: Call, system: System = System.GWS, window_s: float = 60.0) -> Sighting:
+def sighting(call: Call, system: System = System.GWS, window_s: float = CALL_WINDOW_S) -> Sighting:
     """What a call shows to be recognised by. The reference is what a Genesys dial sent in userData."""
     reference = call.user_data.get(REFERENCE_KEY)
+    others = (call.dnis, *(party.e164 for party in call.parties))
     return Sighting(
         system=system,
         at=call.opened_at,
         account=call.account,
         number=call.number or call.dnis,
-        device=call.device_id or call.phone_number,
+        also=tuple(dict.fromkeys(other for other in others if other and other != call.number)),
+        device=call.device_id,
         reference=reference if isinstance(reference, str) else None,
         window_s=window_s,
     )
@@ -1134,8 +1142,9 @@ def match(dials: Iterable[Dial], seen: Sighting) -> Match:
     Give it the placed dials that wait for their call (a record: also those whose `unknown` it may correct).
     What contradicts excludes: another system, account, number or device, a time outside the window. A
     reference is stronger than a number, a number than a device; within equal evidence nothing is chosen,
-    not even by time. A reference overrules a number or device that is spelt otherwise, because a PBX rewrites
-    those; the time alone is evidence of nothing.
+    not even by time: an ambiguous call is one of the candidates', and so none that was only overheard. A
+    reference overrules a number or device that is spelt otherwise, because a PBX rewrites those; the time
+    alone is evidence of nothing.
     """
     ranked: dict[tuple[bool, bool, bool], list[Dial]] = {}
     for dial in dials:
@@ -1172,8 +1181,12 @@ def _evidence(dial: Dial, seen: Sighting) -> tuple[Evidence, ...]:
     if since_s < -SKEW_S or not (in_time or referred):
         return ()
     country = SOUTH_AFRICA if dial.system is System.CLICK2DIAL else None
-    number = _agreement(dial.number, seen.number, lambda one, other: same_number(one, other, country))
-    device = _agreement(dial.device, seen.device, lambda one, other: extension(one) == extension(other))
+    numbers = [each for each in (seen.number, *seen.also) if each]
+    number = device = None
+    if dial.number and numbers:
+        number = any(same_number(dial.number, each, country) for each in numbers)
+    if dial.device and seen.device:
+        device = extension(dial.device) == extension(seen.device)
     contradicted = number is False or device is False or (dial.reference and seen.reference)
     if not referred and contradicted:
         return ()
@@ -1184,8 +1197,3 @@ def _evidence(dial: Dial, seen: Sighting) -> tuple[Evidence, ...]:
     }
     speaks = tuple(evidence for evidence, holds in found.items() if holds)
     return (*speaks, Evidence.TIME) if speaks and in_time else speaks
-
-
-def _agreement(mine: str | None, theirs: str | None, same: Callable[[str, str], bool]) -> bool | None:
-    """Whether two values agree; None if one is lacking."""
-    return same(mine, theirs) if mine and theirs else None

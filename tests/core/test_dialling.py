@@ -1053,6 +1053,15 @@ def test_a_call_is_recognised_by_what_we_attached() -> None:
     assert sighting(leg(user_data={REFERENCE_KEY: {"a": 1}})).reference is None
 
 
+def test_any_number_of_the_callee_may_agree() -> None:
+    """A switch may show another spelling than the one that was dialled: either agrees, a third does not."""
+    call = leg(number="15002", dnis="0820001234", device_id=None, phone_number="7010")
+    assert match([waiting("a")], sighting(call)).confidence is MatchConfidence.WEAK
+    assert match([waiting("a", number="0119998877")], sighting(call)).dial is None
+    (played,) = heard_states("Dialing")
+    assert (sighting(played).number, sighting(played).device) == ("7023", played.device_id)
+
+
 def test_click2dial_numbers_are_south_african() -> None:
     """National and international spellings are one number, and another country's is not."""
     candidate = waiting("a", system=System.CLICK2DIAL, device="101")
