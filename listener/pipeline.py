@@ -161,7 +161,7 @@ class _Lane:
 
     def __init__(self) -> None:
         self.spooled: deque[_Waiting] = deque()
-        """On disk; all of them older than those of the queue."""
+        """On disk; all of them older than those of the queue, which need not be searched through them."""
         self.queue: deque[_Waiting] = deque()
         self.taken: list[_Waiting] = []
         """Being written to the store; older than both."""

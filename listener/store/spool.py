@@ -488,8 +488,6 @@ def _scan(content: bytes, path: Path, *, last: bool) -> _Scan:
             at += length
             continue
         following = content.find(mark, at + 1)
-        while following >= 0 and not _whole(content, following, mark):
-            following = content.find(mark, following + 1)
         if following < 0:
             if last and _torn(content, at, mark):
                 scan.torn_bytes = len(content) - at

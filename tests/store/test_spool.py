@@ -312,6 +312,36 @@ def test_a_message_cannot_pass_for_a_record(tmp_path: Path) -> None:
     assert recovered(directory)[1] == deliveries(1)
 
 
+def test_a_message_cannot_pass_for_a_record_where_a_damaged_length_leads(tmp_path: Path) -> None:
+    """Also where the damage makes a record end just where the forged one begins."""
+    directory = tmp_path / "spool"
+    written(tmp_path / "other", deliveries(1, account=66))
+    forged = segments(tmp_path / "other")[0].read_bytes()[40:]
+    written(directory, [[Heard(1, "s", 1, AT, "/v2/me/calls", forged)]])
+    (path,) = segments(directory)
+    content = bytearray(path.read_bytes())
+    payload = 40 + 36
+    content[48:52] = (content.index(forged) - payload).to_bytes(4, "big")
+    path.write_bytes(content)
+    spool, heard = recovered(directory)
+    assert heard == []
+    assert spool.damaged > 0
+
+
+def test_a_last_record_that_is_whole_and_damaged_is_kept(tmp_path: Path) -> None:
+    """It had been reported as written, so it is no torn tail: nothing that was safe is thrown away."""
+    directory = tmp_path / "spool"
+    written(directory, deliveries(2))
+    (path,) = segments(directory)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    spool, heard = recovered(directory)
+    assert (heard, spool.damaged, spool.torn_bytes) == (deliveries(1), 1, 0)
+    (aside,) = directory.glob("*.damaged")
+    assert content.endswith(aside.read_bytes())
+
+
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What we cannot read is not taken for damage."""
     directory = tmp_path / "spool"
