@@ -4,6 +4,7 @@
 
     ListenerError                what we say to a person: one sentence with the cause and the cure
     ├── SettingsError            a setting is wrong; names the file, the key and what to write instead
+    ├── InvalidRequest           a dial or recording was asked for wrongly: nothing was sent
     ├── StoreError               the database refused or is not as it must be
     │   ├── StoreUnavailable     it may answer later: retry (connection, start-up, failover, read-only)
     │   ├── SchemaOutdated       the schema is not the one this version needs: `listener db upgrade`
@@ -23,6 +24,15 @@ class ListenerError(Exception):
 
 class SettingsError(ListenerError):
     """A setting is wrong; the message names the file, the key and what to write instead."""
+
+
+class InvalidRequest(ListenerError):
+    """A request to an outside party is wrong, and was not sent. `argument` is the parameter as its vendor
+    spells it; the message says which rule it broke, and what to write instead."""
+
+    def __init__(self, argument: str, rule: str, cure: str) -> None:
+        super().__init__(f"{argument}: {rule}; {cure}")
+        self.argument = argument
 
 
 class StoreError(ListenerError):
