@@ -332,6 +332,8 @@ class Daemon:
             probing = tasks.create_task(self._probe(journal), name="probe")
             works = _Works(journal, pipeline, ledger, tasks)
             # Sessions go on from what is committed: what the spool has of them must be, before they do.
+            if pipeline.spooled_notifications:
+                self._starting = "what an earlier run left in the spool is stored first"
             await self._until_stopped(pipeline.drain())
             await self._until_there(lambda: self._follow_first(works))
             closing = tasks.create_task(self._closer(journal, pipeline).run(), name="closer")

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -22,9 +23,11 @@ from listener.simulator.settings import SimulatorSettings
 from listener.store import migrate
 from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
+from listener.store.spool import Spool
 from tests.peers.proxy import TcpProxy, free_port
 from tests.store.line import T0, Line
 from tests.support.database import THROWAWAY
+from tests.support.memory import Said
 from tests.support.outage import Fragile
 from tests.support.running import InProcess, account, settings_for, short_place, until
 from tests.support.truth import compare
@@ -776,3 +779,31 @@ async def test_the_bundled_server_runs_as_long_as_the_daemon() -> None:
             server = Embedded(place)
             await asyncio.to_thread(server.start)
             await asyncio.to_thread(server.destroy)
+
+
+# ── What an earlier run left ──────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_an_earlier_run_left_in_the_spool_is_stored_before_its_sessions_begin(
+    database: str, sql: asyncpg.Connection
+) -> None:
+    """A run that died in an outage left messages on disk: the next start stores them first."""
+    async with centre(accounts=1) as simulator:
+        settings = settings_for(simulator, database)
+        async with InProcess(settings).running():
+            pass
+        said = Said(await sql.fetchval("SELECT id FROM account"), str(uuid4()))
+        spool = Spool.open(settings.spool_directory())
+        for _ in range(20):
+            spool.append([said.next(3)])
+        spool.close()
+        async with InProcess(settings).running() as listener:
+            stored = await sql.fetch(
+                "SELECT position, raw FROM notification WHERE stream_id = $1 ORDER BY id", said.stream
+            )
+            assert await listener.metric("listener_spool_drained_total") == 60
+            assert await listener.metric("listener_spool_notifications") == 0
+        last = await sql.fetchval("SELECT stream_id FROM notification ORDER BY id DESC LIMIT 1")
+    assert [tuple(row) for row in stored] == [(one.position, one.raw) for one in said.said]
+    assert str(last) != said.stream
+    assert list(settings.spool_directory().glob("*.spool")) == []

@@ -651,9 +651,13 @@ async def test_what_is_spooled_leaves_memory_keeps_its_order_and_is_acknowledged
         await say(pipeline, 20)
         await pipeline.drain()
         assert pipeline.available
+        told = len(seen.said)
+        await say(pipeline, 5)
+        await pipeline.drain()
+        assert len(seen.said) == told, "the outage is over, and the spool is not used any more"
     for each in lines:
         assert journal.stored(each.account) == each.said
-        assert [position for account, position in committed if account == each.account] == [*range(2, 121, 2)]
+        assert [position for account, position in committed if account == each.account] == [*range(2, 131, 2)]
     assert max(map(len, journal.batches)) <= 7
     last = seen.said[-1]
     assert (last.notifications, last.size_bytes, last.oldest, last.trouble) == (0, 0, None, "")
