@@ -331,6 +331,8 @@ def test_a_machine_is_recognised_after_the_answer(cause: Cause) -> None:
     """Answered by a machine or fax: the outcome is machine, whichever was said first."""
     assert ended(dial(), DIALS_OUT, ANSWERS, Reported(cause), ENDS_ANSWERED).outcome is O.MACHINE
     assert ended(dial(), DIALS_OUT, Reported(cause), ANSWERS, ENDS_ANSWERED).outcome is O.MACHINE
+    disproved = Reported(gws("CallState", 6))
+    assert ended(dial(), DIALS_OUT, disproved, ANSWERS, Reported(cause), ENDS_ANSWERED).outcome is O.MACHINE
 
 
 @pytest.mark.parametrize(
@@ -454,6 +456,9 @@ def test_a_refusal_ends_it(cause: Cause, outcome: Outcome, which: Leg) -> None:
         Refused(Cause(System.CLICK2DIAL, "http", "202")),
         NotAnswered(sent=True, system=System.GWS),
         Reported(gws("event", "EventNetworkReached")),
+        Reported(gws("CallState", 0)),
+        Reported(gws("CallState", 28)),
+        Reported(gws("never heard of", "x")),
         HangupRequested(),
         Elapsed(),
     ],
@@ -468,6 +473,8 @@ def test_no_acknowledgement_ends_it(fact: Fact) -> None:
 def test_a_refusal_of_a_call_that_was_heard_is_none() -> None:
     """A broken reply to a request that was obeyed: the call decides."""
     assert ended(dial(), DIALS_OUT, Refused(gws("http", 500)), ANSWERS, ENDS_ANSWERED).outcome is O.ANSWERED
+    rung = CallHeard(leg(State.RINGING, direction=Direction.INBOUND))
+    assert through(dial(), rung, Refused(gws("http", 500)))[0].outcome is None
 
 
 def test_no_reply_may_have_been_dialled() -> None:
@@ -571,6 +578,16 @@ def test_every_state_has_its_deadline(system: System, facts: list[Fact], waits_s
     assert over.dial.outcome is (O.ANSWERED if after.connected_at else O.UNKNOWN)
     assert over.dial.confidence is Confidence.INFERRED
     assert over.dial.reached is after.state
+
+
+def test_no_state_outlasts_the_whole_dial() -> None:
+    """A state entered late has what is left of the whole dial, and not its own time."""
+    short = structs.replace(DEADLINES, dial_s=100.0)
+    begun = placed("one", 1, System.GWS, "5001", STARTED, deadlines=short)
+    after = advance(begun, DIALS_OUT, at(50), short).dial
+    assert after.deadline_at == at(100)
+    shorter = structs.replace(short, dial_s=9.0)
+    assert placed("one", 1, System.GWS, "5001", STARTED, deadlines=shorter).deadline_at == at(9)
 
 
 def test_a_cause_without_its_end_stands_at_the_deadline() -> None:
