@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
 from itertools import pairwise
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
 import pytest
@@ -22,6 +22,7 @@ from listener.core.session import (
     Fact,
     Gap,
     Handshaken,
+    Kept,
     Refused,
     Resumed,
     Saved,
@@ -30,6 +31,7 @@ from listener.core.session import (
     Unbroken,
 )
 from listener.coverage import (
+    COVERS_MAX,
     COVERS_WAITING_MAX,
     HEARTBEAT_S,
     LEDGER_RETRY_S,
@@ -51,6 +53,7 @@ from tests.support.memory import MemoryJournal, Said, until
 from tests.support.outage import uncommitted
 
 EMPTY = b'{"statusCode":0,"calls":[]}'
+KEPT = Kept("s", "c", True, "long-polling", None, (), "", (), ())
 SHAKEN = Handshaken("client-id-of-a-session", True, ("long-polling",))
 UNACKNOWLEDGED = Handshaken("client-id-of-a-session", False, ("long-polling",))
 
@@ -159,7 +162,9 @@ class Stage:
         self.watches: list[Watch] = []
         self._sql = sql
 
-    def watch(self, account: int = 1, *, rest: bool = True, settled_s: float = 0.0) -> "Driven":
+    def watch(
+        self, account: int = 1, *, rest: bool = True, settled_s: float = 0.0, **resumed: Any
+    ) -> "Driven":
         """A watch over an account, whose facts the test tells."""
         watch = Watch(
             account,
@@ -174,6 +179,7 @@ class Stage:
             settled_s=settled_s,
             clock=self.clock.steady,
             pause=self.clock.pause,
+            **resumed,
         )
         self.watches.append(watch)
         return Driven(self, watch)
@@ -388,6 +394,151 @@ async def test_an_unbroken_session_leaves_no_gap(stage: Stage) -> None:
     assert sum(seconds for _, seconds in stage.counts.gaps) == 0
     assert stage.counts.reconnects == 1
     assert one.watch.state == "up"
+
+
+@asynccontextmanager
+async def restarted(
+    journal: Journal, sql: asyncpg.Connection, *, up: bool = True
+) -> AsyncIterator[tuple[Stage, datetime | None]]:
+    """The second life of the daemon's parts, from second 20 on: the account was up (or not) in the first one,
+    which was stopped at second 10. With it, since when a resumed session would have observed."""
+    clock = Clock()
+    async with staged(journal, sql, clock) as first:
+        one = first.watch()
+        if up:
+            await one.up()
+        await clock.advance(10)
+        one.watch.end(clock.wall())
+        await first.settled()
+        first.watches.clear()
+    await clock.advance(10)
+    async with staged(journal, sql, clock) as second:
+        yield second, (await journal.resume_coverage([1], clock.wall())).get(1)
+
+
+def merged(rows: list[Row]) -> list[Row]:
+    """Rows that say the same, one after the other, as one."""
+    found: list[Row] = []
+    for row in rows:
+        if found and found[-1].cause == row.cause:
+            row = found.pop()._replace(until_s=row.until_s)
+        found.append(row)
+    return found
+
+
+@pytest.mark.parametrize("reached", [True, False], ids=["at once", "at the second attempt"])
+async def test_a_session_that_goes_on_after_a_restart_was_observed_all_the_time(
+    journal: Journal, sql: asyncpg.Connection, *, reached: bool
+) -> None:
+    """The gap of the restart is withdrawn, without a snapshot; before that it is what it was, also while the
+    server is not reached."""
+    async with restarted(journal, sql) as (stage, since):
+        one = stage.watch(acknowledges=True, observed_until=since)
+        if not reached:
+            one.gap("disconnected")
+            assert one.watch.state == "waiting"
+            assert one.watch.trouble == "disconnected: because"
+        await stage.clock.advance(2)
+        assert await stage.rows() == [Row(0, 10, ""), Row(10, None, "stopped")]
+        one.tell(Unbroken())
+        assert merged(await stage.rows()) == [Row(0, None, "")]
+        assert (one.watch.state, one.watch.trouble, stage.rest.asked) == ("up", "", 0)
+        assert stage.counts.gaps == []
+        await stage.clock.advance(3)
+        one.gap("disconnected")
+        assert merged(await stage.rows()) == [Row(0, 25, ""), Row(25, None, "disconnected")]
+
+
+async def test_a_session_that_is_gone_after_a_restart_leaves_the_gap(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """From the stop to the snapshot, with the cause that each part had; nothing later withdraws it."""
+    async with restarted(journal, sql) as (stage, since):
+        one = stage.watch(acknowledges=True, observed_until=since)
+        one.gap("session lost", 20)
+        await stage.clock.advance(2)
+        await one.up()
+        await stage.clock.advance(3)
+        one.gap("disconnected")
+        one.tell(Unbroken())
+        assert merged(await stage.rows()) == [
+            Row(0, 10, ""),
+            Row(10, 20, "stopped"),
+            Row(20, 22, "session lost"),
+            Row(22, None, ""),
+        ]
+
+
+async def test_a_session_that_broke_after_a_restart_is_resumed_no_more(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """The line that begins again begins from nothing, and so does the coverage."""
+    async with restarted(journal, sql) as (stage, since):
+        one = stage.watch(acknowledges=True, observed_until=since)
+        one.watch.broke(stage.clock.wall(), "a defect")
+        one.gap("disconnected", 20)
+        await stage.clock.advance(1)
+        await one.up()
+        assert [row.cause for row in merged(await stage.rows())][:2] == ["", "stopped"]
+        assert (await stage.rows())[-1] == Row(21, None, "")
+
+
+async def test_without_acknowledgements_the_gap_of_a_restart_stays(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """What was in flight is not known: a snapshot closes it."""
+    async with restarted(journal, sql) as (stage, since):
+        one = stage.watch(acknowledges=False, observed_until=since)
+        one.tell(Resumed())
+        await until(lambda: one.watch.state == "up")
+        assert await stage.rows() == [Row(0, 10, ""), Row(10, 20, "stopped"), Row(20, None, "")]
+        assert stage.rest.asked == 1
+
+
+async def test_a_session_that_was_not_observed_before_a_restart_owes_its_snapshot(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """It was stopped before the first one was stored: that it goes on proves nothing of before."""
+    async with restarted(journal, sql, up=False) as (stage, since):
+        assert since is None
+        one = stage.watch(acknowledges=True, observed_until=since)
+        one.tell(Unbroken())
+        await until(lambda: one.watch.state == "up")
+        rows = await stage.rows()
+        assert [row.cause for row in rows] == ["not started", "stopped", ""]
+        assert rows[-1] == Row(20, None, "")
+        assert stage.rest.asked == 1
+
+
+async def test_what_a_session_is_resumed_with_is_written_with_the_coverage_or_later() -> None:
+    """Never before the turns that were told first, however many they are and however long the store is away;
+    the last word counts."""
+    clock = Clock()
+    one, two = (Saved(KEPT, clock.wall() + timedelta(seconds=n)) for n in range(2))
+    seen: list[tuple[int, dict[int, Saved]]] = []
+
+    class Watched(MemoryJournal):
+        async def cover(self, covers: Sequence[Cover], sessions: Mapping[int, Saved | None]) -> None:
+            await super().cover(covers, sessions)
+            seen.append((len(self.covers), dict(self.sessions)))
+
+    memory = Watched()
+    memory.available = False
+    ledger = Ledger(memory, pause=clock.pause)
+    async with running(ledger):
+        for number in range(COVERS_MAX + 1):
+            ledger.cover(Cover(1, clock.wall(), "stalled" if number % 2 else ""))
+        ledger.keep(1, one)
+        ledger.keep(2, one)
+        await turns()
+        ledger.keep(1, two)
+        ledger.keep(2, None)
+        memory.available = True
+        await clock.advance(LEDGER_RETRY_S)
+        await ledger.drain()
+        ledger.keep(1, None)
+        await ledger.drain()
+    assert seen == [(COVERS_MAX, {}), (COVERS_MAX + 1, {1: two}), (COVERS_MAX + 1, {})]
 
 
 async def test_a_resumed_session_leaves_a_gap(stage: Stage) -> None:

@@ -767,6 +767,26 @@ async def test_a_lock_that_somebody_holds_is_waited_for(journal: Journal, sql: a
     assert len(waiting.result().entries) == 1
 
 
+async def test_a_cancellation_that_the_driver_answers_with_a_failure_is_one(journal: Journal) -> None:
+    """asyncpg may say that the connection was closed, which it was because of the cancellation: nobody
+    cancels twice, and who took it for a failure of the store would try again for ever."""
+    under_way = asyncio.Event()
+
+    async def work() -> None:
+        async with journal._connection() as connection:
+            under_way.set()
+            try:
+                await connection.execute("SELECT pg_sleep(30)")
+            except asyncio.CancelledError:
+                raise asyncpg.ConnectionDoesNotExistError("closed in the middle of an operation") from None
+
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(work())
+        await under_way.wait()
+        task.cancel()
+    assert task.cancelled()
+
+
 async def test_a_cancelled_batch_is_as_if_it_had_never_been(
     journal: Journal, sql: asyncpg.Connection
 ) -> None:
