@@ -360,6 +360,10 @@ class Recorded(Struct, frozen=True, gc=False):
     steps: tuple[Step, ...]
     duplicates: int
     """Entries that had been committed before and were left out."""
+    ids: tuple[int, ...] = ()
+    """The id that each of the entries was given; those of one account rise."""
+    origins: tuple[int, ...] = ()
+    """For each step, which of the entries it follows from."""
 
 
 class Cover(Struct, frozen=True, gc=False):

@@ -184,7 +184,7 @@ class Foreseen:
             list(heard.values()),
             *rows.columns(list(unknown), 2),
         )
-        self._recorded = Recorded(tuple(work.fresh), tuple(work.steps), len(entries) - len(work.fresh))
+        self._recorded = work.recorded(len(entries))
 
     async def write_at_once(self, connection: Connection) -> Written:
         """As a transaction of its own, in one statement."""
@@ -266,8 +266,7 @@ async def write(
             work.fold(first_id=marks[0]["first"])
             await work.add(connection)
             await connection.execute(rows.WRITE, *work.arguments())
-    recorded = Recorded(tuple(work.fresh), tuple(work.steps), len(entries) - len(work.fresh))
-    return Written(work, recorded, marks[0]["xid"] & _XID_MASK)
+    return Written(work, work.recorded(len(entries)), marks[0]["xid"] & _XID_MASK)
 
 
 @contextmanager
@@ -296,8 +295,22 @@ async def write_around(connection: Connection, entries: Sequence[Entry], held: M
     half = len(entries) // 2
     first = await write_around(connection, entries[:half], held)
     second = await write_around(connection, entries[half:], held)
+    return together((first, second))
+
+
+def together(pieces: Sequence[Recorded]) -> Recorded:
+    """What several transactions did, one after the other, as if it had been one."""
+    origins: list[int] = []
+    before = 0
+    for piece in pieces:
+        origins += [before + origin for origin in piece.origins]
+        before += len(piece.entries)
     return Recorded(
-        first.entries + second.entries, first.steps + second.steps, first.duplicates + second.duplicates
+        tuple(entry for piece in pieces for entry in piece.entries),
+        tuple(step for piece in pieces for step in piece.steps),
+        sum(piece.duplicates for piece in pieces),
+        tuple(id for piece in pieces for id in piece.ids),
+        tuple(origins),
     )
 
 
@@ -332,6 +345,8 @@ class _Work:
         self.streams: dict[str, tuple[Heard, Heard]] = {}
         """The streams that move, each with its first and last new message."""
         self.steps: list[Step] = []
+        self._ids: list[int] = []
+        self._origins: list[int] = []
         self.calls: dict[int, Call] = {}
         """Every call that was touched, as it is after the batch."""
         self.names: dict[tuple[str, int], int | None] = {}
@@ -344,6 +359,13 @@ class _Work:
         self._parties: dict[tuple[int, int], Party] = {}
         self.last_id = 0
         """The highest id that a message, or a call of a snapshot, was given."""
+
+    def recorded(self, handed_in: int) -> Recorded:
+        """What was done with so many entries."""
+        new = len(self.fresh)
+        return Recorded(
+            tuple(self.fresh), tuple(self.steps), handed_in - new, tuple(self._ids), tuple(self._origins)
+        )
 
     def take(self, entries: Sequence[Entry], positions: Mapping[str, int]) -> None:
         """Take the entries beyond what is committed: `positions` says how far each stream is."""
@@ -410,6 +432,8 @@ class _Work:
             heard, decoded = entry.heard, entry.decoded
             at = microseconds(heard.received_at)
             steps = board.hear(number, heard, decoded)
+            self._origins += [len(self._ids)] * len(steps)
+            self._ids.append(number)
             call_id = server_at = reason = None
             notification_type = ""
             if isinstance(decoded, Notification):

@@ -169,7 +169,7 @@ class Journal:
         One that was retired is back. Registering twice is registering once.
         """
         rows = {account.name: account for account in accounts}
-        async with self._transaction() as connection:
+        async with self.transaction() as connection:
             await connection.execute(
                 _REGISTER,
                 list(rows),
@@ -182,7 +182,7 @@ class Journal:
     async def retire(self, accounts: Iterable[int], at: datetime) -> None:
         """The accounts are not listened to any more; what was heard stays. Their coverage ends at `at`."""
         ids, ended_at = sorted(set(accounts)), microseconds(at)
-        async with self._transaction() as connection:
+        async with self.transaction() as connection:
             await _lock(connection, ids)
             await connection.execute("UPDATE account SET removed_at = $2 WHERE id = ANY($1)", ids, ended_at)
             await connection.execute(ledger.END, ids, ended_at)
@@ -223,7 +223,7 @@ class Journal:
             if len(entries) <= batch.AT_ONCE_MAX:
                 async with self._connection() as connection:
                     return await foreseen.write_at_once(connection)
-            async with self._transaction() as connection:
+            async with self.transaction() as connection:
                 return await foreseen.write(connection)
         except Outdated:
             return None
@@ -234,18 +234,14 @@ class Journal:
         pieces = []
         for start in range(0, len(entries), PIECE_MAX):
             piece = entries[start : start + PIECE_MAX]
-            async with self._transaction() as connection:
+            async with self.transaction() as connection:
                 held = await _touch(connection, piece)
                 pieces.append(await batch.write_around(connection, piece, held))
-        return Recorded(
-            tuple(entry for piece in pieces for entry in piece.entries),
-            tuple(step for piece in pieces for step in piece.steps),
-            sum(piece.duplicates for piece in pieces),
-        )
+        return batch.together(pieces)
 
     async def _looked_up(self, entries: Sequence[Entry]) -> Written:
         """As `record`, for any batch."""
-        async with self._transaction() as connection:
+        async with self.transaction() as connection:
             held = await _touch(connection, entries)
             written = await batch.write(connection, entries, held, self._kept)
         self._ids.used(written.last_id)
@@ -294,7 +290,7 @@ class Journal:
         after: list[Cover] = []
         for place, cover in enumerate(covers):
             (before if place < withdrawn.get(cover.account, len(covers)) else after).append(cover)
-        async with self._transaction() as connection:
+        async with self.transaction() as connection:
             await _lock(connection, accounts)
             await _turn(connection, before)
             if withdrawn:
@@ -305,7 +301,7 @@ class Journal:
 
     async def heartbeat(self, accounts: Iterable[int], at: datetime) -> None:
         """Those of the accounts that are observed were so at `at`: what a crash afterwards leaves known."""
-        async with self._transaction() as connection:
+        async with self.transaction() as connection:
             await connection.execute(ledger.HEARTBEAT, list(accounts), microseconds(at))
 
     async def resume_coverage(self, accounts: Iterable[int], at: datetime) -> dict[int, datetime]:
@@ -316,7 +312,7 @@ class Journal:
         on, and its server have kept everything, a `Cover` from then on withdraws that gap.
         """
         ids = sorted(set(accounts))
-        async with self._transaction() as connection:
+        async with self.transaction() as connection:
             await _lock(connection, ids)
             end = await Ledger.read(connection, ids)
             heard_at = {row[0]: row[1] for row in await connection.fetch(ledger.LAST_HEARD, ids)}
@@ -355,7 +351,9 @@ class Journal:
             raise classified(error) or error from error
 
     @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[Connection]:
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """A transaction as the writer: also for what is kept beside the journal (`listener.store.dials`). What
+        fails in it comes out as one of our errors, and is rolled back."""
         async with self._connection() as connection:
             await connection.execute("BEGIN")
             try:

@@ -305,6 +305,109 @@ bayeux_session = Table(
     comment="What a restart goes on with. A credential: only the writer reads it; gone when its session is.",
 )
 
+dial = Table(
+    "dial",
+    metadata,
+    _words("id"),
+    Column("account_id", Integer, ForeignKey("account.id"), nullable=False),
+    _words("system"),
+    _words("origin"),
+    _words("number"),
+    _words("number_normalised"),
+    _moment("requested_at"),
+    _words("state"),
+    _words("reached"),
+    _words("device", nullable=True),
+    _words("reference", nullable=True),
+    _words("caller_id", nullable=True),
+    _words("campaign", nullable=True),
+    _words("session", nullable=True),
+    _moment("accepted_at", nullable=True),
+    _moment("ringing_at", nullable=True),
+    _moment("connected_at", nullable=True),
+    _moment("hangup_at", nullable=True),
+    _moment("ended_at", nullable=True),
+    _moment("deadline_at", nullable=True),
+    _words("outcome", nullable=True),
+    _words("leg", nullable=True),
+    _words("ended_by", nullable=True),
+    _words("cause_system", nullable=True),
+    _words("cause_field", nullable=True),
+    _words("cause_code", nullable=True),
+    _words("cause_text", nullable=True),
+    _words("cause_leg", nullable=True),
+    _words("confidence", nullable=True),
+    Column("expired", Boolean, nullable=False),
+    Column("corrected", Boolean, nullable=False),
+    Column("call_id", BigInteger),
+    Column("matched_by", ARRAY(Text), nullable=False),
+    _words("match_confidence", nullable=True),
+    # What the core does not know: which dials the call may also be; how often a fact changed it; the newest
+    # message that did; the dial that it turned out to be; and what was asked for, by whom.
+    Column("candidates", ARRAY(Text), nullable=False),
+    Column("facts", Integer, nullable=False),
+    Column("heard_id", BigInteger, nullable=False),
+    _words("merged_into", nullable=True),
+    _words("idempotency_key", nullable=True),
+    Column("request", JSON(none_as_null=True)),
+    PrimaryKeyConstraint("id"),
+    # The same key never dials twice.
+    Index(
+        "uq_dial_idempotency_key",
+        "system",
+        "account_id",
+        "idempotency_key",
+        unique=True,
+        postgresql_where=text("idempotency_key IS NOT NULL"),
+    ),
+    # The newest dials, of all accounts and of one; and those that ended in one way.
+    Index("ix_dial_requested_at_id", "requested_at", "id"),
+    Index("ix_dial_account_id_requested_at_id", "account_id", "requested_at", "id"),
+    Index("ix_dial_outcome_requested_at_id", "outcome", "requested_at", "id"),
+    Index("ix_dial_number", _backwards("number_normalised"), "requested_at", postgresql_ops=_BY_PREFIX),
+    # The dial of a call.
+    Index("ix_dial_call_id", "call_id", postgresql_where=text("call_id IS NOT NULL")),
+    # Those that wait for their end, the next deadline first. Small, whatever the history.
+    Index(
+        "ix_dial_waiting",
+        "deadline_at",
+        postgresql_where=text("outcome IS NULL AND merged_into IS NULL"),
+    ),
+    # A dial is written about five times.
+    postgresql_with={"fillfactor": 70},
+    comment="An attempt to reach a number, as of the last fact. A placed one is written before it is sent.",
+)
+
+dial_fact = Table(
+    "dial_fact",
+    metadata,
+    _words("dial_id"),
+    Column("ordinal", Integer, nullable=False),
+    _moment("at"),
+    _words("kind"),
+    Column("notification_id", BigInteger),
+    _words("said"),
+    _words("leg", nullable=True),
+    _words("cause_system", nullable=True),
+    _words("cause_field", nullable=True),
+    _words("cause_code", nullable=True),
+    _words("cause_text", nullable=True),
+    _words("state"),
+    _words("outcome", nullable=True),
+    PrimaryKeyConstraint("dial_id", "ordinal"),
+    comment="What was heard of a dial, in order, and what it was after that. Rows are added and never changed.",
+)
+
+dial_mark = Table(
+    "dial_mark",
+    metadata,
+    Column("account_id", Integer, primary_key=True, autoincrement=False),
+    Column("notification_id", BigInteger, nullable=False),
+    _moment("received_at"),
+    postgresql_with={"fillfactor": 50},
+    comment="Up to which message of an account the dials follow from its calls.",
+)
+
 
 def include_name(name: str | None, kind: str, parents: object) -> bool:
     """Which names of a database Alembic compares with these tables: not the partitions, which come and go."""

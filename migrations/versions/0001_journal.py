@@ -235,6 +235,81 @@ TABLES = (
         credentials json NOT NULL,
         saved_at timestamptz NOT NULL
     )""",
+    """
+    CREATE TABLE dial (
+        id text CONSTRAINT pk_dial PRIMARY KEY,
+        account_id integer NOT NULL CONSTRAINT fk_dial_account_id_account REFERENCES account,
+        system text NOT NULL,
+        origin text NOT NULL,
+        number text NOT NULL,
+        number_normalised text NOT NULL,
+        requested_at timestamptz NOT NULL,
+        state text NOT NULL,
+        reached text NOT NULL,
+        device text,
+        reference text,
+        caller_id text,
+        campaign text,
+        session text,
+        accepted_at timestamptz,
+        ringing_at timestamptz,
+        connected_at timestamptz,
+        hangup_at timestamptz,
+        ended_at timestamptz,
+        deadline_at timestamptz,
+        outcome text,
+        leg text,
+        ended_by text,
+        cause_system text,
+        cause_field text,
+        cause_code text,
+        cause_text text,
+        cause_leg text,
+        confidence text,
+        expired boolean NOT NULL,
+        corrected boolean NOT NULL,
+        call_id bigint,
+        matched_by text[] NOT NULL,
+        match_confidence text,
+        candidates text[] NOT NULL,
+        facts integer NOT NULL,
+        heard_id bigint NOT NULL,
+        merged_into text,
+        idempotency_key text,
+        request json
+    ) WITH (fillfactor = 70)""",
+    """
+    CREATE UNIQUE INDEX uq_dial_idempotency_key ON dial (system, account_id, idempotency_key)
+        WHERE idempotency_key IS NOT NULL""",
+    "CREATE INDEX ix_dial_requested_at_id ON dial (requested_at, id)",
+    "CREATE INDEX ix_dial_account_id_requested_at_id ON dial (account_id, requested_at, id)",
+    "CREATE INDEX ix_dial_outcome_requested_at_id ON dial (outcome, requested_at, id)",
+    "CREATE INDEX ix_dial_number ON dial (reverse(number_normalised) text_pattern_ops, requested_at)",
+    "CREATE INDEX ix_dial_call_id ON dial (call_id) WHERE call_id IS NOT NULL",
+    "CREATE INDEX ix_dial_waiting ON dial (deadline_at) WHERE outcome IS NULL AND merged_into IS NULL",
+    """
+    CREATE TABLE dial_fact (
+        dial_id text NOT NULL,
+        ordinal integer NOT NULL,
+        at timestamptz NOT NULL,
+        kind text NOT NULL,
+        notification_id bigint,
+        said text NOT NULL,
+        leg text,
+        cause_system text,
+        cause_field text,
+        cause_code text,
+        cause_text text,
+        state text NOT NULL,
+        outcome text,
+        CONSTRAINT pk_dial_fact PRIMARY KEY (dial_id, ordinal)
+    )""",
+    """
+    CREATE TABLE dial_mark (
+        account_id integer CONSTRAINT pk_dial_mark PRIMARY KEY,
+        notification_id bigint NOT NULL,
+        received_at timestamptz NOT NULL
+    ) WITH (fillfactor = 50)""",
 )
 
 COMMENTS = {
@@ -250,6 +325,11 @@ COMMENTS = {
     "bayeux_session": (
         "What a restart goes on with. A credential: only the writer reads it; gone when its session is."
     ),
+    "dial": "An attempt to reach a number, as of the last fact. A placed one is written before it is sent.",
+    "dial_fact": (
+        "What was heard of a dial, in order, and what it was after that. Rows are added and never changed."
+    ),
+    "dial_mark": "Up to which message of an account the dials follow from its calls.",
 }
 
 SECRET = ("bayeux_session",)
@@ -368,15 +448,28 @@ VIEWS = {
         SELECT a.name AS account, a.tenant, v.since, coalesce(v.until, now()) AS until,
                v.cause = '' AS observed, v.cause, v.until IS NULL AS present, v.seen_at
         FROM coverage v JOIN account a ON a.id = v.account_id""",
+    "report_dials": f"""
+        SELECT c.id, a.name AS account, a.tenant, a.environment, c.system, c.origin, c.requested_at, c.state,
+               c.reached, c.ringing_at, c.connected_at, c.ended_at, c.outcome, c.leg, c.ended_by,
+               nullif(concat_ws(' ', c.cause_field, c.cause_code), '') AS cause, c.confidence, c.expired,
+               c.corrected, c.call_id AS call, c.match_confidence, c.outcome IS NULL AS waiting,
+               greatest(extract(epoch FROM c.ringing_at - c.requested_at), 0)::double precision
+                   AS time_to_ring_s,
+               greatest(extract(epoch FROM c.connected_at - c.requested_at), 0)::double precision
+                   AS time_to_answer_s,
+               CASE WHEN length(c.number_normalised) > 8 THEN left(c.number_normalised, 4) END
+                   AS number_prefix,
+               {MASKED} AS number_masked
+        FROM dial c JOIN account a ON a.id = c.account_id WHERE c.merged_into IS NULL""",  # noqa: S608
 }
 
 GRANTS = (
     f"REVOKE ALL ON FUNCTION {OURS} FROM PUBLIC",
     f"GRANT EXECUTE ON FUNCTION {OURS} TO listener_writer",
     # What happened is added to, and no more; what follows from it is kept up to date.
-    "GRANT SELECT, INSERT ON notification, change, anomaly TO listener_writer",
+    "GRANT SELECT, INSERT ON notification, change, anomaly, dial_fact TO listener_writer",
     """
-    GRANT SELECT, INSERT, UPDATE ON account, stream, call, call_alias, participant, coverage
+    GRANT SELECT, INSERT, UPDATE ON account, stream, call, call_alias, participant, coverage, dial, dial_mark
         TO listener_writer""",
     "GRANT SELECT ON alembic_version TO listener_writer, listener_auditor",
     f"GRANT SELECT, INSERT, UPDATE, DELETE ON {', '.join(SECRET)} TO listener_writer",

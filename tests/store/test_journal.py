@@ -801,3 +801,24 @@ async def test_a_cancelled_batch_is_as_if_it_had_never_been(
 
     assert (await counts(sql))["notification"] == 0
     assert len((await journal.record(entries)).entries) == 2
+
+
+async def test_what_was_recorded_says_from_which_message_each_step_follows(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """Each new entry has its id, each step its entry, whichever way the batch was written."""
+    line = Line()
+    known = line.call("Ringing")
+    await journal.record(known)
+    foreseen = [*line.call("Established"), line.hear(b"no JSON"), *line.call("Held", "Released")]
+    looked_up = [line.snapshot(), *line.call("Dialing", id="another"), line.hear(b"{}")]
+    refused = [line.hear(b"{}"), *line.call("Released", id="another", callType="x\x00")]
+    for entries in (known, foreseen, looked_up, refused):
+        recorded = await journal.record(entries)
+        rows = await sql.fetch("SELECT id, raw FROM notification ORDER BY id")
+        by_id = {row["id"]: bytes(row["raw"]) for row in rows}
+        assert [by_id[id] for id in recorded.ids] == [entry.heard.raw for entry in recorded.entries]
+        assert list(recorded.ids) == sorted(recorded.ids)
+        assert len(recorded.origins) == len(recorded.steps)
+        for step, origin in zip(recorded.steps, recorded.origins, strict=True):
+            assert step.call.last_heard_at == recorded.entries[origin].heard.received_at
