@@ -39,6 +39,7 @@ from listener.core.calls import (
     Snapshot,
     Unrecognised,
 )
+from listener.core.pbx import CHANNELS, decode_pbx
 
 REASON_CHARS_MAX = 300
 """Longer explanations (they quote the input) are cut."""
@@ -165,6 +166,8 @@ def decode(raw: bytes, channel: str = "") -> Decoded:
     `channel` is where it was heard, if the message does not say so itself. Whatever the answer holds can be
     written as JSON and to PostgreSQL.
     """
+    if channel.startswith(CHANNELS):
+        return _within_bounds(decode_pbx(raw, channel))
     try:
         # Looking for one byte first is twenty times as quick, and most messages have no escape at all.
         if not (b"\\" in raw and b"\\u0000" in raw):
