@@ -15,7 +15,9 @@ the winner must pass `SCORE_MIN` and the log of the number of groups tried, else
 that are the very same dials the one with the fewest conditions is named, and a longer beginning of a number
 before a shorter; whatever else its failures have in common is said beside it.
 
-A group that hardly existed before is compared with what all dials did then (`PRIOR_DIALS`).
+A group counts only if more of its dials fail than before in whatever way: when a provider is back, its dials
+are busy and unanswered again, and that is no rise. One that hardly existed before is compared with what all
+dials did then (`PRIOR_DIALS`).
 
 It refuses to know clocks, tables and what a person should do about it. The work is bounded: see the limits.
 """
@@ -373,7 +375,8 @@ class _Search:
 
     def explanation(self) -> Explanation | None:
         """The best group with what is to be said of it; None if nothing rose beyond chance."""
-        for kind in self._now.kinds:
+        everything = self._rises(self._now.whole(_ANY), self._before.whole(_ANY), _ANY)
+        for kind in self._now.kinds if everything else ():
             self._consider(frozenset(), kind, self._now.whole(kind), self._before.whole(kind))
         self._consider_within(frozenset(), self._now, self._before)
         for size in range(1, CONDITIONS_MAX):
@@ -389,16 +392,26 @@ class _Search:
     def _consider_within(self, conditions: frozenset[int], here: _Counts, earlier: _Counts) -> None:
         """Tries every further condition, on a dimension that has none yet."""
         dimensions = {self._conditions[number].dimension for number in conditions}
+        rising = [
+            number
+            for number in here.failures[_ANY]
+            if number in self._wanted
+            and self._conditions[number].dimension not in dimensions
+            and self._rises(here.figures(number, _ANY), earlier.figures(number, _ANY), _ANY)
+        ]
         for kind, failures in here.failures.items():
-            for number in failures:
-                if number in self._wanted and self._conditions[number].dimension not in dimensions:
+            for number in rising:
+                if number in failures:
                     now, before = here.figures(number, kind), earlier.figures(number, kind)
                     self._consider(conditions | {number}, kind, now, before)
+
+    def _rises(self, now: Figures, before: Figures, kind: _Kind) -> bool:
+        return _excess(now, before, self._usual[kind]) >= EXCESS_MIN
 
     def _consider(self, conditions: frozenset[int], kind: _Kind, now: Figures, before: Figures) -> None:
         self._tried += 1
         score = _score(now, before, self._usual[kind]) - CONDITION_COST * len(conditions)
-        if score > 0 and _excess(now, before, self._usual[kind]) >= EXCESS_MIN:
+        if score > 0 and self._rises(now, before, kind):
             self._found.append(_Candidate(conditions, kind, now, before, score))
 
     def _preference(self, candidate: _Candidate) -> tuple[float, int, list[tuple[int, int, str]], str]:
@@ -451,8 +464,10 @@ class _Search:
         )
 
     def _shared(self, failing: Iterable[_Row], conditions: frozenset[int]) -> tuple[Condition, ...]:
-        """What all these failures have in common beyond the conditions; of a number its longest beginning."""
-        common = frozenset.intersection(*(row.conditions for row in failing)) - conditions
+        """What all these failures have in common beyond the conditions and beyond all dials; of a number its
+        longest beginning."""
+        everywhere = {number for number, dials in self._now.dials.items() if dials == self._now.all}
+        common = frozenset.intersection(*(row.conditions for row in failing)) - conditions - everywhere
         longest: dict[str, Condition] = {}
         for each in sorted((self._conditions[number] for number in common), key=lambda each: len(each.value)):
             longest[each.dimension] = each

@@ -114,7 +114,7 @@ INCIDENTS: dict[str, tuple[Incident, set[Condition], Outcome]] = {
     "provider down": (provider_down, {Condition("system", "noojee")}, Outcome.FAILED),
     "wrong numbers": (wrong_numbers, {Condition("account", "agent17")}, Outcome.INVALID_NUMBER),
 }
-SEEDS = range(1, 6)
+SEEDS = range(1, 4)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -132,7 +132,7 @@ def test_the_cause_is_found(name: str, seed: int) -> None:
     assert math.isclose(found.outside.share, found.outside_before.share, abs_tol=0.02)
 
 
-@pytest.mark.parametrize("seed", range(1, 13))
+@pytest.mark.parametrize("seed", range(1, 9))
 def test_ordinary_days_have_no_rise(seed: int) -> None:
     """Two days without an incident differ by chance only, and chance is not explained."""
     answer = explain(day(seed), day(seed + 100))
