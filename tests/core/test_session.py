@@ -1554,6 +1554,23 @@ def test_frames_do_not_wait_beyond_their_bound() -> None:
     assert (told.first, told.before, told.batch) == (3, (2, 2), (3, 3))
 
 
+def test_a_batch_in_several_deliveries_is_acknowledged_after_the_last_commit() -> None:
+    """However large it is, and in whatever order the commits become known."""
+    script = opened()
+    script.sends(CONNECT)
+    big = json.dumps({"channel": CALLS, "data": {"seq": 1, "padding": "x" * EARLY_BYTES_MAX}}).encode()
+    firsts = [only(script.pushes(big), Delivered).first for _ in range(3)]
+    script.answers(call(4), ext={"ack": 2})
+    assert firsts == [1, 2, 3]
+    for position in (1, 3):
+        script.commits(position)
+        script.rests()
+        script.sends(CONNECT, ext={"ack": -1}, advice={"timeout": 0})
+        assert seqs(script.answers(big, big, big, call(4), ext={"ack": 3 + position})) == []
+    script.commits(4)
+    script.sends(CONNECT, ext={"ack": 2})
+
+
 @pytest.mark.parametrize("how", ["cut", "abandoned", "disconnected", "unknown"])
 def test_frames_are_heard_when_their_number_never_comes(how: str) -> None:
     """What was heard is told, however the session or its connection ends."""
