@@ -7,6 +7,7 @@ over all accounts). What it leaves when it fails is named: the daemon's log and 
 import asyncio
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -39,6 +40,8 @@ def main() -> int:
         accounts=int(os.environ.get("SOAK_ACCOUNTS", "20")),
         rate=float(os.environ.get("SOAK_RATE", "30")),
     )
+    # So that a soak that is told to end ends what it started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     place = Path(tempfile.mkdtemp(prefix="soak-"))
     say(f"{plan.seconds / 60:g} minutes, seed {plan.seed}, {plan.accounts} accounts, {plan.rate:g}/s")
     verdict = asyncio.run(soak(plan, place))

@@ -4,7 +4,8 @@ The points stand between the bytes of a delivery and its acknowledgement, in the
 passes them. Each is a function of the product, and a moment before it, after it, or while what it sends is
 under way; a statement of a transaction is one by its name in the module that owns it. Nothing of the product
 is changed but that these functions are watched. At the PASSING-th time the process says where it is and gets
-SIGKILL, as by the kernel, a power cut or an operator: nothing is closed, flushed or rolled back.
+SIGKILL, as by the kernel, a power cut or an operator: nothing is closed, flushed or rolled back. It counts
+from SIGUSR1 on, which it acknowledges in its log: then everything is up, and what passes is a notification.
 
 With POINT "none" it only says, once each, which points it passed, and which statements `Journal.record` made.
 """
@@ -26,8 +27,10 @@ from listener.cli import main
 from listener.core.calls import Source
 from listener.core.session import Delivered
 
-KILLED_AT, PASSED, STATED = "killed at", "passed", "stated"
+ARMED, KILLED_AT, PASSED, STATED = "armed", "killed at", "passed", "stated"
 """The events that it logs."""
+HEAD_BYTES_MAX = 200
+"""What begins a file of the spool is shorter."""
 SENT_s = 0.02
 """How long a request may take to the socket."""
 
@@ -37,6 +40,8 @@ class Moment(StrEnum):
 
     BEFORE = "before"
     AFTER = "after"
+    HALF = "half"
+    """Of two arguments the second, bytes, is written to its half."""
     SENT = "sent"
     """What it sends is on its way, and the answer has not been read."""
 
@@ -55,6 +60,8 @@ class Point(NamedTuple):
     """Passed only by a large delivery."""
     websocket: bool = False
     """Passed only where websockets are used."""
+    spools: bool = False
+    """Passed only by what goes to the spool."""
 
 
 def _notifications(body: bytes) -> bool:
@@ -74,8 +81,15 @@ def _heard(entries: Any) -> bool:
     return any(entry.heard.source is Source.COMETD for entry in entries)
 
 
+def _records(given: tuple[Any, ...]) -> bool:
+    """Whether what is written to the spool is more than the head of a file."""
+    return len(given[1]) > HEAD_BYTES_MAX
+
+
 _TRANSPORTS = "listener.adapters.cometd"
 _JOURNAL = "listener.store.journal:Journal"
+_SPOOL = "listener.store.spool:Spool"
+_WRITE = "listener.store.spool:_write_all"
 
 POINTS = (
     Point(
@@ -93,6 +107,27 @@ POINTS = (
     Point("put into the outbox", f"{_TRANSPORTS}:Line._post", Moment.AFTER),
     Point("taken by the courier", "listener.coverage:Watch.hear", Moment.BEFORE),
     Point("in the pipeline's queue", "listener.pipeline:Pipeline.hear", Moment.AFTER),
+    Point("spool file made", f"{_SPOOL}._writable", Moment.AFTER, passing=1, burst=True, spools=True),
+    Point(
+        "half spooled",
+        _WRITE,
+        Moment.HALF,
+        lambda given, _: _records(given),
+        passing=1,
+        burst=True,
+        spools=True,
+    ),
+    Point(
+        "not synced",
+        _WRITE,
+        Moment.AFTER,
+        lambda given, _: _records(given),
+        passing=1,
+        burst=True,
+        spools=True,
+    ),
+    Point("spooled", f"{_SPOOL}.append", Moment.AFTER, passing=1, burst=True, spools=True),
+    Point("read from the spool", f"{_SPOOL}.read", Moment.AFTER, passing=1, burst=True, spools=True),
     Point("decoded", "listener.pipeline:decode", Moment.AFTER),
     Point("batch handed over", f"{_JOURNAL}.record", Moment.BEFORE, lambda given, _: _heard(given[1])),
     # The first batch of a stream, and whatever is not as it was expected.
@@ -115,6 +150,8 @@ POINTS = (
     Point("one statement sent", "rows.WRITE_AT_ONCE", Moment.SENT, passing=20),
     Point("one statement answered", "rows.WRITE_AT_ONCE", Moment.AFTER, passing=10),
     Point("committed, nobody told", f"{_JOURNAL}.record", Moment.AFTER, lambda given, _: _heard(given[1])),
+    Point("still in the spool", f"{_SPOOL}.release", Moment.BEFORE, passing=1, burst=True, spools=True),
+    Point("out of the spool", f"{_SPOOL}.release", Moment.AFTER, passing=1, burst=True, spools=True),
     Point("session told", "listener.core.session:Session.committed", Moment.AFTER, passing=10),
     Point(
         "acknowledgement sent",
@@ -142,11 +179,12 @@ class Watchman:
     def __init__(self, name: str, passing: int) -> None:
         self.name = name
         self.left = passing
+        self.armed = False
         self._told: set[tuple[str, str]] = set()
 
     def passes(self, point: Point, given: tuple[Any, ...], result: Any = None) -> bool:
         """Whether this is where it ends."""
-        if not point.only(given, result):
+        if not self.armed or not point.only(given, result):
             return False
         if self.name == "none":
             self.tell(PASSED, point.name)
@@ -154,6 +192,11 @@ class Watchman:
             return False
         self.left -= 1
         return self.left == 0
+
+    def arm(self) -> None:
+        """Counts from now on."""
+        self.armed = True
+        self.tell(ARMED, self.name)
 
     def kill(self) -> None:
         """Says where, and ends."""
@@ -179,6 +222,9 @@ def watched(function: Any, points: list[Point], watchman: Watchman) -> Any:
 
         def plain(*given: Any, **named: Any) -> Any:
             if look(Moment.BEFORE, given):
+                watchman.kill()
+            if look(Moment.HALF, given):
+                function(given[0], given[1][: len(given[1]) // 2])
                 watchman.kill()
             result = function(*given, **named)
             if look(Moment.AFTER, given, result):
@@ -247,7 +293,7 @@ def _watch_statements(method: str, labels: dict[str, str], watchman: Watchman) -
         if not _recording.get():
             return await asked(connection, text, *given, **named)
         label = labels.get(text, text.strip()[:60])
-        if watchman.name == "none":
+        if watchman.name == "none" and watchman.armed:
             watchman.tell(STATED, label)
         points = [point for point in POINTS if point.where == label]
         return await watched(asked, points, watchman)(connection, text, *given, **named)
@@ -256,5 +302,7 @@ def _watch_statements(method: str, labels: dict[str, str], watchman: Watchman) -
 
 
 if __name__ == "__main__":
-    watch(Watchman(sys.argv[1], int(sys.argv[2])))
+    watchman = Watchman(sys.argv[1], int(sys.argv[2]))
+    signal.signal(signal.SIGUSR1, lambda *_: watchman.arm())
+    watch(watchman)
     sys.exit(main(sys.argv[3:]))

@@ -149,8 +149,8 @@ class InProcess(_Pages):
 
 def configuration(store: str, *centres: "Centre", limits: str = "", without: Collection[str] = ()) -> str:
     """A listener.toml for all accounts of these centres but those `without`, by their names; `store` is the
-    line of the [store] section."""
-    parts = [f"[store]\n{store}\n[operations]\nport = 0\n[limits]\n{limits}\n"]
+    line of the [store] section. The spool is beside the file."""
+    parts = [f'[store]\n{store}\nspool_dir = "spool"\n[operations]\nport = 0\n[limits]\n{limits}\n']
     for centre in centres:
         base_url = centre.simulator.url
         parts.append(f'[environments.{centre.name}]\nbase_url = "{base_url}"\n{centre.options}\n')
