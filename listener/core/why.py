@@ -6,12 +6,13 @@ failures, and one explanation: the smallest group of dials that holds the rise.
 
 How a group is scored, in plain words. A group is a handful of conditions ("account ann, number 2787…"), with
 a kind of failure: any, one outcome, or one outcome with its raw cause. Before, a certain share of its dials
-failed in that way. Its score says how surprised one must be, if nothing had changed, to see as many failures
-as now: the log of how much likelier the figures are with a share of their own for each period than with one
-share for both. So a score is high if many dials are concerned *and* their share rose much. Too wide a group
-scores less, since it takes in dials that fail as ever; too narrow a one scores less, since it leaves failures
-out. Each condition must earn `CONDITION_COST` points, because among many groups some are high by chance; and
-the winner must pass `SCORE_MIN` and the log of the number of groups tried, else there is no rise. Of groups
+failed in that way. Its score is the log of how much likelier the failures of now are with the share that they
+have than with the share of before. So it is high if many dials are concerned *and* their share rose much. Too
+wide a group scores less, since it takes in dials that fail as ever; too narrow a one scores less, since it
+leaves failures out. Each condition costs `CONDITION_COST` points, because among many groups some are high by
+chance. For the same reason only groups count that are surprising when both periods may have been unlucky (two
+shares against one for both, in the same points): by `SCORE_MIN` and the log of the number of groups tried. If
+there is none, there is no rise. Of groups
 that are the very same dials the one with the fewest conditions is named, and a longer beginning of a number
 before a shorter; whatever else its failures have in common is said beside it.
 
@@ -56,6 +57,10 @@ CONDITIONS_MAX = 3
 
 PRIOR_DIALS = 20.0
 """How many dials' worth of evidence the share of all dials before is, when a group's own is judged."""
+
+SHARE_MIN = 0.005
+"""No kind of failure is taken to have been rarer than this: else a code that was never seen before would
+outweigh an outcome that many codes say."""
 
 CONDITION_COST = 6.0
 SCORE_MIN = 10.0
@@ -322,9 +327,19 @@ class _Candidate(Struct, frozen=True, gc=False):
     now: Figures
     before: Figures
     score: float
+    surprise: float
 
 
 def _score(now: Figures, before: Figures, usual: float) -> float:
+    """How much likelier the failures of now are with their own share than with that of before."""
+    share = (before.failures + PRIOR_DIALS * usual) / (before.dials + PRIOR_DIALS)
+    share = min(max(share, SHARE_MIN), now.share)
+    well = now.dials - now.failures
+    score = now.failures * math.log(now.share / share)
+    return score + (well * math.log((1 - now.share) / (1 - share)) if well else 0.0)
+
+
+def _surprise(now: Figures, before: Figures, usual: float) -> float:
     """How surprising it is that the share rose: the log likelihood ratio of two shares against one."""
     dials, failures = before.dials + PRIOR_DIALS, before.failures + PRIOR_DIALS * usual
     if now.dials == 0 or now.share <= failures / dials:
@@ -384,10 +399,9 @@ class _Search:
                 here = _Counts(row for row in self._rows if conditions <= row.conditions)
                 earlier = _Counts(row for row in self._rows_before if conditions <= row.conditions)
                 self._consider_within(conditions, here, earlier)
-        best = min(self._found, key=self._preference, default=None)
-        if best is None or best.score < SCORE_MIN + math.log(self._tried):
-            return None
-        return self._told(best)
+        least = SCORE_MIN + math.log(max(self._tried, 1))
+        sure = [candidate for candidate in self._found if candidate.surprise >= least]
+        return self._told(min(sure, key=self._preference)) if sure else None
 
     def _consider_within(self, conditions: frozenset[int], here: _Counts, earlier: _Counts) -> None:
         """Tries every further condition, on a dimension that has none yet."""
@@ -410,9 +424,11 @@ class _Search:
 
     def _consider(self, conditions: frozenset[int], kind: _Kind, now: Figures, before: Figures) -> None:
         self._tried += 1
-        score = _score(now, before, self._usual[kind]) - CONDITION_COST * len(conditions)
-        if score > 0 and self._rises(now, before, kind):
-            self._found.append(_Candidate(conditions, kind, now, before, score))
+        cost = CONDITION_COST * len(conditions)
+        surprise = _surprise(now, before, self._usual[kind]) - cost
+        if surprise > 0 and self._rises(now, before, kind):
+            score = _score(now, before, self._usual[kind]) - cost
+            self._found.append(_Candidate(conditions, kind, now, before, score, surprise))
 
     def _preference(self, candidate: _Candidate) -> tuple[float, int, list[tuple[int, int, str]], str]:
         """Sorts the best first; the rest tells apart groups that are the very same dials."""
