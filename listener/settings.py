@@ -30,6 +30,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, assert_never
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -45,6 +46,7 @@ CONFIG_BYTES_MAX = 16 * 2**20
 """A larger configuration file is refused: it is the wrong file."""
 ACCOUNTS_FILE_BYTES_MAX = 64 * 2**20
 """Some 500,000 accounts; a larger file is refused."""
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 SECRET_BYTES_MAX = 64 * 2**10
 """A larger secret file is refused: it is the wrong file."""
 CA_BYTES_MAX = 4 * 2**20
@@ -66,6 +68,25 @@ class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", str_strip_whitespace=True, hide_input_in_errors=True
     )
+
+
+def _address(value: str, instead: str) -> str:
+    """The address of a server without its last slash; raises ValueError. `instead` is where a login goes."""
+    if not value.startswith(("http://", "https://")) or len(value.split("://", 1)[1].strip("/")) == 0:
+        raise ValueError("it must begin with http:// or https:// and name a host")
+    if "@" in value.split("://", 1)[1].partition("/")[0]:
+        raise ValueError(f"it must hold no user and no password; {instead}")
+    return value.rstrip("/")
+
+
+def _extensions(value: dict[str, str]) -> dict[str, str]:
+    """Extensions without blanks and technology, each with the name of an account."""
+    for extension, account in value.items():
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", extension):
+            raise ValueError("an extension is written without technology and blanks, such as 101")
+        if not account.strip():
+            raise ValueError("an extension needs the name of an account")
+    return {extension: account.strip() for extension, account in value.items()}
 
 
 class Store(_Section):
@@ -118,6 +139,7 @@ class Environment(_Section):
         False,
         description="true LOGS THE AGENT IN (StartContactCenterSession); a mere listener leaves it false",
     )
+    dials: bool = Field(False, description="true lets this listener dial by the accounts of this GWS")
     me_path: str = Field("/api/v2/me", description="the path that logs in")
     notifications_path: str = Field("/api/v2/notifications", description="the path of the CometD server")
     snapshot_path: str = Field("/api/v2/me/calls?fields=*", description="the path that lists the live calls")
@@ -125,11 +147,7 @@ class Environment(_Section):
     @field_validator("base_url")
     @classmethod
     def _an_address(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")) or len(value.split("://", 1)[1].strip("/")) == 0:
-            raise ValueError("it must begin with http:// or https:// and name a host")
-        if "@" in value.split("://", 1)[1].partition("/")[0]:
-            raise ValueError("it must hold no user and no password; they belong to the accounts")
-        return value.rstrip("/")
+        return _address(value, "they belong to the accounts")
 
     @field_validator("channels")
     @classmethod
@@ -154,6 +172,102 @@ class Account(_Section):
     start_contact_center_session: bool | None = Field(
         None, description="true LOGS THE AGENT IN; as the environment says where it is not given"
     )
+    dials: bool | None = Field(
+        None, description="true lets this listener dial by it; as the environment says where it is not given"
+    )
+
+
+class NoojeePbx(_Section):
+    """One Noojee Contact: where it is, and whose its extensions are."""
+
+    base_url: str = Field(description='the address of the Noojee, such as "https://noojee.example.com"')
+    api_key: SecretStr | None = Field(None, description="the global API key")
+    api_key_file: Path | None = Field(None, description="a file that holds the API key")
+    api_key_env: str | None = Field(None, description="the name of a variable that holds the API key")
+    ca_file: Path | None = Field(None, description="certificates (PEM) of a private authority")
+    verify: bool = Field(True, description="false accepts any certificate: only for trying things out")
+    tenant: str = Field("", description="whose the accounts are that only this PBX has")
+    extensions: dict[str, str] = Field(
+        default_factory=dict,
+        description='the account of each extension, { 101 = "agent5001" }; a name that no [[accounts]] has '
+        "is an account of this PBX alone",
+    )
+    subscribe: bool = Field(True, description="false does not ask for the events of these extensions")
+    dials: bool = Field(False, description="true lets this listener dial by this PBX")
+
+    @field_validator("base_url")
+    @classmethod
+    def _an_address(cls, value: str) -> str:
+        return _address(value, "the API key is its login")
+
+    @field_validator("extensions")
+    @classmethod
+    def _well_named(cls, value: dict[str, str]) -> dict[str, str]:
+        return _extensions(value)
+
+
+class Click2DialPbx(_Section):
+    """One Click2Dial server: where it is, and how its records come."""
+
+    base_url: str = Field(
+        description='the address of the Click2Dial, with its port, such as "http://pbx.example.com:8300"'
+    )
+    version: Literal["contact_ref", "call_ref"] = Field(
+        "contact_ref", description='"contact_ref" from v3.0.0, "call_ref" before: what it calls the reference'
+    )
+    headers: dict[str, SecretStr] = Field(
+        default_factory=dict, description="headers that a gateway before it wants"
+    )
+    headers_file: Path | None = Field(None, description='a file of headers, "Name: value" on each line')
+    headers_env: str | None = Field(None, description="the name of a variable with such lines")
+    ca_file: Path | None = Field(None, description="certificates (PEM) of a private authority")
+    verify: bool = Field(True, description="false accepts any certificate: only for trying things out")
+    redis_url: SecretStr | None = Field(
+        None, description='where its records are, "redis://:password@host:6379/0"; this listener empties it'
+    )
+    redis_url_file: Path | None = Field(None, description="a file that holds the redis_url")
+    redis_url_env: str | None = Field(None, description="the name of a variable that holds the redis_url")
+    webhook_token: SecretStr | None = Field(
+        None, description="what whoever posts a record to /click2dial/NAME has to show"
+    )
+    webhook_token_file: Path | None = Field(None, description="a file that holds the webhook_token")
+    webhook_token_env: str | None = Field(
+        None, description="the name of a variable that holds the webhook_token"
+    )
+    tenant: str = Field("", description="whose the accounts are that only this PBX has")
+    extensions: dict[str, str] = Field(
+        default_factory=dict,
+        description='the account of each extension, { 101 = "agent5001" }; a name that no [[accounts]] has '
+        "is an account of this PBX alone",
+    )
+    dials: bool = Field(False, description="true lets this listener dial by this PBX")
+
+    @field_validator("base_url")
+    @classmethod
+    def _an_address(cls, value: str) -> str:
+        return _address(value, "the headers are for that")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _of_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(REDIS_SCHEMES):
+            raise ValueError("it must begin with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("extensions")
+    @classmethod
+    def _well_named(cls, value: dict[str, str]) -> dict[str, str]:
+        return _extensions(value)
+
+
+class Api(_Section):
+    """Where programs, and the command line, place dials. It always needs a token."""
+
+    host: str = Field("127.0.0.1", description="the address to listen on")
+    port: int = Field(9465, ge=0, le=65535, description="a port number; 0 takes a free one")
+    token: SecretStr | None = Field(None, description="what a caller sends as Authorization: Bearer …")
+    token_file: Path | None = Field(None, description="a file that holds the token")
+    token_env: str | None = Field(None, description="the name of a variable that holds the token")
 
 
 class Operations(_Section):
@@ -208,6 +322,36 @@ class Limits(_Section):
         le=86_400,
         description="seconds until the end of a wrap-up is not waited for any more, up to 86400",
     )
+    dial_requested_s: float = Field(
+        60.0,
+        gt=0,
+        le=86_400,
+        description="seconds for the answer to a dial's request, or for its call, up to 86400",
+    )
+    dial_accepted_s: float = Field(
+        60.0,
+        gt=0,
+        le=86_400,
+        description="seconds from a dial's acknowledgement to its call, up to 86400",
+    )
+    dial_silent_s: float = Field(
+        3600.0,
+        gt=0,
+        le=86_400,
+        description="the same for Click2Dial, which says nothing until the call is over, up to 86400",
+    )
+    dial_agent_s: float = Field(
+        90.0, gt=0, le=86_400, description="seconds that the agent's own phone may ring, up to 86400"
+    )
+    dial_ringing_s: float = Field(
+        180.0, gt=0, le=86_400, description="seconds that the number may be called, up to 86400"
+    )
+    dial_s: float = Field(
+        14_400.0,
+        gt=0,
+        le=604_800,
+        description="seconds of a whole dial with its conversation, up to 604800",
+    )
 
 
 class Log(_Section):
@@ -236,6 +380,9 @@ class Settings(BaseSettings):
     )
     accounts: tuple[Account, ...] = Field((), description="[[accounts]] tables")
     accounts_file: Path | None = Field(None, description="a CSV file of accounts with a header row")
+    noojee: dict[str, NoojeePbx] = Field(default_factory=dict, description="[noojee.NAME] tables")
+    click2dial: dict[str, Click2DialPbx] = Field(default_factory=dict, description="[click2dial.NAME] tables")
+    api: Api = Api()
     operations: Operations = Operations()
     limits: Limits = Limits()
     log: Log = Log()
@@ -275,6 +422,26 @@ class Settings(BaseSettings):
         own = account.start_contact_center_session
         return self.environment(account).start_contact_center_session if own is None else own
 
+    def may_dial(self, account: Account) -> bool:
+        """True when this listener may dial by the account."""
+        return self.environment(account).dials if account.dials is None else account.dials
+
+    def anybody_dials(self) -> bool:
+        """True when this listener may dial by anybody."""
+        pbxs = (*self.noojee.values(), *self.click2dial.values())
+        known = [account for account in self.accounts if account.environment in self.environments]
+        return any(pbx.dials for pbx in pbxs) or any(map(self.may_dial, known))
+
+    def pbx_accounts(self) -> dict[str, tuple[str, str]]:
+        """The accounts that only a PBX has: each name with its tenant, and the PBX's name."""
+        known = {account.name for account in self.accounts}
+        return {
+            account: (pbx.tenant, name)
+            for name, pbx in (*self.noojee.items(), *self.click2dial.items())
+            for account in pbx.extensions.values()
+            if account not in known
+        }
+
     def login_headers(self, account: Account) -> dict[str, str]:
         """Give the headers that log `account` in, in clear: for the wire only, never for a log."""
         environment = self.environment(account)
@@ -302,10 +469,15 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "store": Store,
     "environments": Environment,
     "accounts": Account,
+    "noojee": NoojeePbx,
+    "click2dial": Click2DialPbx,
+    "api": Api,
     "operations": Operations,
     "limits": Limits,
     "log": Log,
 }
+_NAMED = ("environments", "noojee", "click2dial")
+"""Sections of which there are several, each with a name."""
 _PATHS: dict[str, tuple[str, ...]] = {
     name: tuple(key for key, info in model.model_fields.items() if "Path" in str(info.annotation))
     for name, model in _SECTIONS.items()
@@ -401,7 +573,7 @@ def _anchor(values: dict[str, Any], base: Path) -> None:
     tables: list[tuple[Any, tuple[str, ...]]] = [(values, ("accounts_file",))]
     for name, keys in _PATHS.items():
         section = values.get(name)
-        if name == "environments" and isinstance(section, dict):
+        if name in _NAMED and isinstance(section, dict):
             tables += [(table, keys) for table in section.values()]
         elif name == "accounts" and isinstance(section, list):
             tables += [(table, keys) for table in section]
@@ -552,8 +724,8 @@ def _meant_setting(variable: str, joint: str, prefix: str = "") -> str:
 def _table_of(key: Key) -> tuple[str, Mapping[str, Any]]:
     """Give the TOML name of the table that holds `key`, and the settings that it may hold."""
     match key:
-        case ("environments", str(name), _, *_):
-            return f"[environments.{name}]", Environment.model_fields
+        case (("environments" | "noojee" | "click2dial") as section, str(name), _, *_):
+            return f"[{section}.{name}]", _SECTIONS[section].model_fields
         case ("accounts", int(), _, *_):
             return "[[accounts]]", Account.model_fields
         case (str(section), _, *_) if section in _SECTIONS:
@@ -665,13 +837,13 @@ class _Loading:
                 if why:
                     self.problem(("environments", name), why)
                 elif text is not None:
-                    headers = self._header_lines(name, text.get_secret_value())
+                    headers = self._header_lines(("environments", name), text.get_secret_value())
             if environment.auth == "headers" and not headers and not why:
                 self.problem(
                     ("environments", name), 'auth = "headers" needs headers, headers_file or headers_env'
                 )
             self._placeholders(name, headers)
-            self._authority(name, environment.ca_file)
+            self._authority(("environments", name), environment.ca_file)
             resolved[name] = environment.model_copy(update={"token": token, "headers": headers})
         return resolved
 
@@ -683,27 +855,25 @@ class _Loading:
                     f"the header {title} has a {{…}} that is neither {{login}} nor {{password}}",
                 )
 
-    def _authority(self, name: str, path: Path | None) -> None:
+    def _authority(self, key: Key, path: Path | None) -> None:
         if path is None:
             return
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=_read(path, CA_BYTES_MAX))
         except _Unreadable as error:
-            self.problem(("environments", name, "ca_file"), f"ca_file {path}: {error}")
+            self.problem((*key, "ca_file"), f"ca_file {path}: {error}")
         except (ssl.SSLError, ValueError):
             self.problem(
-                ("environments", name, "ca_file"),
+                (*key, "ca_file"),
                 f"ca_file {path}: no certificates can be read from it; it must be PEM (BEGIN CERTIFICATE)",
             )
 
-    def _header_lines(self, name: str, text: str) -> dict[str, SecretStr]:
+    def _header_lines(self, key: Key, text: str) -> dict[str, SecretStr]:
         headers = {}
         for number, line in enumerate(filter(None, map(str.strip, text.splitlines())), 1):
             title, colon, value = line.partition(":")
             if not colon or not title.strip():
-                self.problem(
-                    ("environments", name), f'line {number} of the given headers is no "Name: value"'
-                )
+                self.problem(key, f'line {number} of the given headers is no "Name: value"')
                 continue
             headers[title.strip()] = SecretStr(value.strip())
         return headers
@@ -798,6 +968,78 @@ class _Loading:
                     sentence = _sentence(detail["type"], detail["msg"], ("accounts", 0, *detail["loc"]))
                     self.problems.append(f"{place}: {_of_row(sentence)}")
 
+    def noojee(self) -> dict[str, NoojeePbx]:
+        resolved = {}
+        for name, pbx in self.settings.noojee.items():
+            key = ("noojee", name)
+            api_key = self._taken(key, dict(pbx), "api_key")
+            if api_key is None and not self._given(dict(pbx), "api_key"):
+                self.problem(key, f"[noojee.{name}] lacks api_key_file, api_key_env or api_key")
+            if not pbx.base_url.startswith("https://") and not _is_loopback(_host(pbx.base_url)):
+                self.problem(
+                    (*key, "base_url"),
+                    "the API key would go over the network in clear: write https:// (Noojee requires it)",
+                )
+            self._pbx_name(key, name)
+            self._authority(key, pbx.ca_file)
+            resolved[name] = pbx.model_copy(update={"api_key": api_key})
+        return resolved
+
+    def click2dial(self) -> dict[str, Click2DialPbx]:
+        resolved = {}
+        for name, pbx in self.settings.click2dial.items():
+            key = ("click2dial", name)
+            given = dict(pbx)
+            headers = pbx.headers
+            if text := self._taken(key, given, "headers") if self._given(given, "headers_") else None:
+                headers = self._header_lines(key, text.get_secret_value())
+            redis_url = self._taken(key, given, "redis_url")
+            if redis_url is not None and not redis_url.get_secret_value().startswith(REDIS_SCHEMES):
+                self.problem(key, "redis_url must begin with redis://, rediss:// or unix://")
+            webhook_token = self._taken(key, given, "webhook_token")
+            if pbx.dials and not (self._given(given, "redis_url") or self._given(given, "webhook_token")):
+                self.problem(
+                    key,
+                    f"[click2dial.{name}] dials and hears of no end; give it a redis_url_file or a "
+                    "webhook_token_file",
+                )
+            if name in self.settings.noojee:
+                self.problem(key, f"the name {name} is also a [noojee.{name}]; give one of them another")
+            self._pbx_name(key, name)
+            self._authority(key, pbx.ca_file)
+            resolved[name] = pbx.model_copy(
+                update={"headers": headers, "redis_url": redis_url, "webhook_token": webhook_token}
+            )
+        return resolved
+
+    def _pbx_name(self, key: Key, name: str) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            self.problem(key, f"the name {name!r} is part of addresses; write letters, digits, . _ and -")
+        elif name in self.settings.environments:
+            self.problem(key, f"the name {name} is also an [environments.{name}]; give one of them another")
+
+    @staticmethod
+    def _given(holder: Mapping[str, Any], name: str) -> bool:
+        return any(value not in (None, {}, "") for field_, value in holder.items() if field_.startswith(name))
+
+    def _taken(self, key: Key, holder: Mapping[str, Any], name: str) -> SecretStr | None:
+        """The secret given as NAME, NAME_file or NAME_env; None where none is, or a problem was noted."""
+        value, why = _secret(holder, name, self.environ)
+        if why:
+            self.problem(key, why)
+        return value
+
+    def api(self, settings: Settings) -> Api:
+        api = settings.api
+        token = self._taken(("api",), dict(api), "token")
+        if token is None and not self._given(dict(api), "token") and settings.anybody_dials():
+            self.problem(
+                ("api",),
+                "something here has dials = true, and [api] has no token, so nobody could ask for a dial; "
+                "set api.token_file, or leave dials out",
+            )
+        return api.model_copy(update={"token": token})
+
     def operations(self) -> Operations:
         operations = self.settings.operations
         token, why = _secret(dict(operations), "token", self.environ)
@@ -825,6 +1067,11 @@ def _without(values: Mapping[str, Any], key: Key) -> dict[str, Any]:
     if rest and isinstance(below, dict) and rest[0] in below:
         kept[first] = _without(below, tuple(rest))
     return kept
+
+
+def _host(url: str) -> str:
+    """The host of an address that was checked."""
+    return urlsplit(url).hostname or ""
 
 
 def _is_loopback(host: str) -> bool:
@@ -901,7 +1148,7 @@ def load(
             problems.append(f"{_place(sources, key)}: {_sentence(detail['type'], detail['msg'], key)}")
         # What does not depend on the wrong values is checked all the same: a site mends all of it at once.
         for key in wrong:
-            merged = _without(merged, key[:1] if key[0] in ("environments", "accounts") else key)
+            merged = _without(merged, key[:1] if key[0] in (*_NAMED, "accounts") else key)
         try:
             settings = Settings(**merged)
         except ValidationError:
@@ -913,7 +1160,13 @@ def load(
     if not broken & {"environments", "accounts"}:
         checked["environments"] = loading.environments()
         checked["accounts"] = loading.accounts(checked["environments"])
+    if "noojee" not in broken:
+        checked["noojee"] = loading.noojee()
+    if "click2dial" not in broken:
+        checked["click2dial"] = loading.click2dial()
     if not any(key[0] == "operations" and str(key[-1]).startswith("token") for key in wrong):
         checked["operations"] = loading.operations()
+    if not any(key[0] == "api" and str(key[-1]).startswith("token") for key in wrong):
+        checked["api"] = loading.api(settings.model_copy(update=checked))
     _refuse(problems)
     return settings.model_copy(update=checked)

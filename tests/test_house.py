@@ -166,6 +166,9 @@ _TABLES: dict[str, type[BaseModel]] = {
     "[store]": settings.Store,
     "[environments.production]": settings.Environment,
     "[[accounts]]": settings.Account,
+    "[noojee.pbx]": settings.NoojeePbx,
+    "[click2dial.c2d]": settings.Click2DialPbx,
+    "[api]": settings.Api,
     "[operations]": settings.Operations,
     "[limits]": settings.Limits,
     "[log]": settings.Log,
@@ -177,8 +180,8 @@ def _example() -> dict[str, dict[str, tuple[Any, bool]]]:
     found: dict[str, dict[str, tuple[Any, bool]]] = defaultdict(dict)
     table = ""
     for line in EXAMPLE.read_text(encoding="utf-8").splitlines():
-        if line.startswith("["):
-            table = line
+        if header := re.match(r"(?:# )?(\[\[?[a-z0-9.]+\]\]?)$", line):
+            table = header[1]
         elif match := re.match(r"(# )?([a-z_]+ = .+)", line):
             ((name, value),) = tomllib.loads(match[2]).items()
             found[table][name] = (value, match[1] is not None)

@@ -1,5 +1,6 @@
 """Settings: what is accepted, where it comes from, and that every refusal names its place and cure."""
 
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -614,6 +615,9 @@ def test_every_setting_has_a_cure() -> None:
             settings.Store,
             settings.Environment,
             settings.Account,
+            settings.NoojeePbx,
+            settings.Click2DialPbx,
+            settings.Api,
             settings.Operations,
             settings.Limits,
         )
@@ -622,6 +626,88 @@ def test_every_setting_has_a_cure() -> None:
     ]
     assert undescribed == []
     assert isinstance(load(None, environ={}), Settings)
+
+
+# ── Dials ─────────────────────────────────────────────────────────────────────────────────────────────
+
+PBXS = f"""
+[noojee.office]
+base_url = "https://noojee.example.com/"
+api_key = "{SECRET}"
+extensions = {{ 101 = "agent1", 102 = "desk" }}
+tenant = "north"
+[click2dial.c2d]
+base_url = "http://pbx.example.com:8300"
+redis_url = "redis://:{SECRET}@pbx.example.com/0"
+webhook_token = "{SECRET}"
+extensions = {{ 201 = "agent1" }}
+"""
+
+
+def test_nobody_dials_who_was_not_asked_for_it(write: Write) -> None:
+    """Dialling is off; an environment, an account or a PBX switches it on for itself."""
+    quiet = load(write("listener.toml", BASIC + PBXS), environ={})
+    assert not quiet.anybody_dials()
+    assert not quiet.may_dial(quiet.accounts[0])
+    token = {"api.token": SECRET}
+    loud = load(write("listener.toml", BASIC), {"environments.prod.dials": "true", **token}, environ={})
+    assert loud.may_dial(loud.accounts[0])
+    assert loud.anybody_dials()
+    pbx = load(write("listener.toml", BASIC + PBXS), {"noojee.office.dials": "true", **token}, environ={})
+    assert pbx.anybody_dials()
+    assert not pbx.may_dial(pbx.accounts[0])
+
+
+def test_an_extension_belongs_to_an_account(write: Write) -> None:
+    """A name that no account has is an account of the PBX alone, with the PBX's tenant."""
+    loaded = load(write("listener.toml", BASIC + PBXS), environ={})
+    assert loaded.noojee["office"].base_url == "https://noojee.example.com"
+    assert loaded.pbx_accounts() == {"desk": ("north", "office")}
+
+
+def test_secrets_of_a_pbx_are_never_shown(write: Write) -> None:
+    """Neither an API key, nor a Redis password, nor a webhook token, nor the API's own."""
+    loaded = load(write("listener.toml", BASIC + PBXS + f'[api]\ntoken = "{SECRET}"\n'), environ={})
+    for told in (repr(loaded), str(loaded), loaded.model_dump_json()):
+        assert SECRET not in told
+    assert loaded.api.token is not None
+    key = loaded.noojee["office"].api_key
+    assert key is not None
+    assert key.get_secret_value() == SECRET
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        ('[noojee.a]\nbase_url = "https://a"\n', "[noojee.a] lacks api_key_file"),
+        ('[noojee.a]\nbase_url = "https://a"\napi_key_env = "GONE"\n', "the variable GONE is not set"),
+        ('[noojee.a]\nbase_url = "http://a"\napi_key = "k"\n', "in clear: write https://"),
+        ('[noojee.a]\nbase_url = "a"\napi_key = "k"\n', "noojee.a.base_url: it must begin with http://"),
+        (
+            '[noojee.a]\nbase_url = "https://a"\napi_key = "k"\nextensions = { "SIP/1" = "x" }\n',
+            "without technology",
+        ),
+        ('[noojee.a]\nbase_url = "https://a"\napi_key = "k"\ndails = true\n', 'did you mean "dials"?'),
+        ('[click2dial.a]\nbase_url = "http://a"\nversion = "2"\n', "click2dial.a.version"),
+        ('[click2dial.a]\nbase_url = "http://a"\nredis_url = "http://b"\n', "redis://, rediss:// or unix://"),
+        ('[click2dial.a]\nbase_url = "http://a"\ndials = true\n[api]\ntoken = "t"\n', "hears of no end"),
+        ('[click2dial."a b"]\nbase_url = "http://a"\n', "part of addresses"),
+        ('[click2dial.prod]\nbase_url = "http://a"\n', "also an [environments.prod]"),
+        (
+            '[noojee.a]\nbase_url = "https://a"\napi_key = "k"\n[click2dial.a]\nbase_url = "http://a"\n',
+            "also a [noojee.a]",
+        ),
+        ('[noojee.a]\nbase_url = "https://a"\napi_key = "k"\ndials = true\n', "[api] has no token"),
+        ('[api]\ntoken_file = "gone"\n', "it cannot be read"),
+        ("[limits]\ndial_s = 0\n", "limits.dial_s"),
+    ],
+)
+def test_what_is_wrong_about_dials_is_named(write: Write, more: str, part: str) -> None:
+    """Each problem has its file, its line and its cure."""
+    path = write("listener.toml", BASIC + more)
+    (told,) = _problems(path)
+    assert re.match(rf"{re.escape(str(path))}:\d+: ", told), told
+    assert part in told
 
 
 # ── The spool's place ─────────────────────────────────────────────────────────────────────────────────
