@@ -428,16 +428,17 @@ class Settings(BaseSettings):
 
     def anybody_dials(self) -> bool:
         """True when this listener may dial by anybody."""
-        pbxs = (*self.noojee.values(), *self.click2dial.values())
+        pbxs: tuple[NoojeePbx | Click2DialPbx, ...] = (*self.noojee.values(), *self.click2dial.values())
         known = [account for account in self.accounts if account.environment in self.environments]
         return any(pbx.dials for pbx in pbxs) or any(map(self.may_dial, known))
 
     def pbx_accounts(self) -> dict[str, tuple[str, str]]:
         """The accounts that only a PBX has: each name with its tenant, and the PBX's name."""
         known = {account.name for account in self.accounts}
+        pbxs: dict[str, NoojeePbx | Click2DialPbx] = {**self.noojee, **self.click2dial}
         return {
             account: (pbx.tenant, name)
-            for name, pbx in (*self.noojee.items(), *self.click2dial.items())
+            for name, pbx in pbxs.items()
             for account in pbx.extensions.values()
             if account not in known
         }
