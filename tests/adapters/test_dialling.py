@@ -353,6 +353,8 @@ NO_USE: dict[str, tuple[Handler, str]] = {
     "a code that is true": (says(200, '{"statusCode": false, "Code": false}'), "HTTP 200"),
     "a code beyond numbers": (says(200, '{"statusCode": 1e999, "Code": 1e999}'), "HTTP 200"),
     "a code of many digits": (says(200, f'{{"statusCode": {"9" * 5000}, "Code": {"9" * 5000}}}'), "HTTP 200"),
+    "a code beyond 64 bits": (says(200, f'{{"statusCode": {10**30}, "Code": {10**30}}}'), "HTTP 200"),
+    "less than announced": (cut(HEAD.replace(b"Length: ", b"Length: 9") + YES), "ClientPayloadError"),
     "half a JSON": (says(200, '{"statusCode": 0, "Code": 0'), "HTTP 200"),
     "deep": (says(200, '{"Code": ' + "[" * 30_000), "HTTP 200"),
     "no UTF-8": (cut(b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n" + b'{"Code":"\xff"}'), "HTTP 200"),

@@ -15,7 +15,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from listener.adapters.genesys import REPLY_BYTES_MAX, GenesysClient
+from listener.adapters.genesys import REPLY_BYTES_MAX, Device, GenesysClient
+from listener.core.dialling import Accepted, Cause, NotAnswered, Refused, System
+from listener.core.requests import GwsDial, GwsPreviewDial
 from listener.errors import LoginRefused, RemoteUnavailable
 from listener.simulator.centre import Simulator
 from listener.simulator.gws import Account
@@ -429,3 +431,202 @@ async def test_a_caller_that_gives_up_is_obeyed() -> None:
         request.cancel()
         await asyncio.wait({request})
         assert request.cancelled()
+
+
+# ── Dials ─────────────────────────────────────────────────────────────────────────────────────────────
+
+DIAL = GwsDial(number="+12025550100", device="d-1")
+DIAL_PATH = "/api/v2/me/devices/d-1/calls"
+CSRF_REFUSED = {"statusCode": 3, "statusMessage": "Missing or invalid Csrf token"}
+
+
+def devices(*ids: str) -> web.Response:
+    """The list of these devices."""
+    listed = [{"id": id, "phoneNumber": f"50{id}", "deviceState": "Active"} for id in ids]
+    return gws_answer({"statusCode": 0, "devices": listed})
+
+
+@pytest.mark.parametrize("csrf", [False, True])
+async def test_a_dial_makes_a_call(csrf: bool) -> None:
+    """By the account's only device, with the token where one is wanted, and with what it was given."""
+    async with gws(csrf=csrf, dial_time_scale=1000) as (simulator, account):
+        session = client(simulator, account)
+        dial = GwsDial(number="+12025550100", user_data={"a": {"b": 1}}, reference="d-7")
+        assert await session.dial(dial) == Accepted()
+        assert account.dials == 1
+        (device,) = await session.devices()
+        assert device == Device(account.agent.device_id, account.agent.dn)
+
+
+@pytest.mark.parametrize("what", ["token", "session"])
+async def test_a_dial_that_was_refused_for_its_token_is_sent_again(what: str) -> None:
+    """It was not carried out; the new token is fetched by a login, once."""
+    async with gws(csrf=True, dial_time_scale=1000) as (simulator, account):
+        session = client(simulator, account)
+        await session.login()
+        if what == "token":
+            simulator.gws.expire_csrf()
+        else:
+            session.jar.clear()
+            session.token = {}
+        dial = GwsDial(number="+12025550100", device=account.agent.device_id)
+        assert await session.dial(dial) == Accepted()
+        assert account.dials == 1
+
+
+async def test_a_dial_is_refused_twice_and_no_more() -> None:
+    """A permission is missing, not a login: no circle, and the party's own code."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return gws_answer({"statusCode": 0}) if request.method == "GET" else gws_answer(CSRF_REFUSED, 403)
+
+    async with answering(answer) as (url, requests):
+        fact = await GenesysClient(url, {}).dial(DIAL)
+    assert fact == Refused(Cause(System.GWS, "statusCode", "3", "Missing or invalid Csrf token"))
+    assert [request.path for request in requests] == [DIAL_PATH, "/api/v2/me", DIAL_PATH]
+
+
+@pytest.mark.parametrize("status", [200, 403, 500])
+async def test_a_session_that_no_login_mends(status: int) -> None:
+    """statusCode 20 after a login that was taken is a refused login all the same."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return gws_answer({"statusCode": 0}) if request.method == "GET" else gws_answer(DENIED, status)
+
+    async with answering(answer) as (url, requests):
+        fact = await GenesysClient(url, {}).dial(DIAL)
+    assert isinstance(fact, Refused)
+    assert (fact.cause.field, fact.cause.code) == ("login", "")
+    assert "Access denied" in fact.cause.text
+    assert len(requests) == 3
+
+
+async def test_a_dial_that_was_refused_stays_refused_when_no_login_can_be_had() -> None:
+    """It was not carried out, and that is what is told; it is not sent again."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(status=503) if request.method == "GET" else gws_answer(CSRF_REFUSED, 403)
+
+    async with answering(answer) as (url, requests):
+        fact = await GenesysClient(url, {}).dial(DIAL)
+    assert fact == Refused(Cause(System.GWS, "statusCode", "3", "Missing or invalid Csrf token"))
+    assert [request.method for request in requests] == ["POST", "GET"]
+
+
+@pytest.mark.parametrize("code", [7, 9])
+async def test_neither_yes_nor_no(code: int) -> None:
+    """Partial success and incomplete processing: it may still be dialled."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return gws_answer({"statusCode": code, "statusMessage": "in part"})
+
+    async with answering(answer) as (url, requests):
+        fact = await GenesysClient(url, {}).dial(DIAL)
+    assert isinstance(fact, NotAnswered)
+    assert fact.sent
+    assert "in part" in fact.text
+    assert len(requests) == 1
+
+
+@pytest.mark.parametrize("status", [200, 400, 500, 502])
+@pytest.mark.parametrize("code", [1, 2, 4, 5, 6, 10, 99])
+async def test_gws_own_code_comes_before_the_status(status: int, code: int) -> None:
+    """HTTP says less than statusCode does, also where a gateway's status is used."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return gws_answer({"statusCode": code, "statusMessage": "So it is"}, status)
+
+    async with answering(answer) as (url, requests):
+        fact = await GenesysClient(url, {}).dial(DIAL)
+    assert fact == Refused(Cause(System.GWS, "statusCode", str(code), "So it is"))
+    assert len(requests) == 1
+
+
+@pytest.mark.parametrize(
+    "request_", [GwsDial(number="1"), GwsPreviewDial(outbound_record={"phoneNumber": "1"})]
+)
+async def test_the_only_device_dials(request_: GwsDial | GwsPreviewDial) -> None:
+    """A request that names none has its device found; the record's request names it in its body too."""
+    said: list[Any] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        if request.method == "GET":
+            return devices("7")
+        said.append((request.path, await request.json()))
+        return gws_answer({"statusCode": 0})
+
+    async with answering(answer) as (url, requests):
+        assert await GenesysClient(url, {}).dial(request_) == Accepted()
+    assert requests[0].path_qs == "/api/v2/me/devices?fields=*"
+    ((path, body),) = said
+    assert path == "/api/v2/me/devices/7/calls"
+    assert body.get("devicePath") == ("/devices/7" if isinstance(request_, GwsPreviewDial) else None)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([], "the account has none; give it one"),
+        (["1", "2"], "the account has 2; name one of them: 1 (501), 2 (502)"),
+        ([str(number) for number in range(30)], "9 (509), …"),
+    ],
+)
+async def test_which_device_must_be_clear(ids: list[str], words: str) -> None:
+    """Of several none is chosen: the refusal names them, and nothing is sent."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return devices(*ids)
+
+    async with answering(answer) as (url, requests):
+        fact = await GenesysClient(url, {}).dial(GwsDial(number="1"))
+    assert isinstance(fact, Refused)
+    assert (fact.cause.field, fact.cause.code) == ("validation", "device")
+    assert words in fact.cause.text
+    assert [request.method for request in requests] == ["GET"]
+
+
+@pytest.mark.parametrize("id", ["../x", "", "a b"])
+async def test_a_device_with_an_id_that_is_none_does_not_dial(id: str) -> None:
+    """Whatever is listed, no other path is posted to."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return devices(id)
+
+    async with answering(answer) as (url, requests):
+        fact = await GenesysClient(url, {}).dial(GwsDial(number="1"))
+    assert isinstance(fact, Refused)
+    assert (fact.cause.field, fact.cause.code) == ("validation", "device")
+    assert [request.method for request in requests] == ["GET"]
+
+
+@pytest.mark.parametrize("body", ["", "[]", '{"devices": [{}]}', '{"devices": 1}', "<html>"])
+async def test_a_list_of_devices_that_is_none(body: str) -> None:
+    """Nothing was sent, and the cure is to name the device."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text=body)
+
+    async with answering(answer) as (url, requests):
+        fact = await GenesysClient(url, {}).dial(GwsDial(number="1"))
+    assert isinstance(fact, NotAnswered)
+    assert not fact.sent
+    assert "name the device" in fact.text
+    assert len(requests) == 1
+
+
+async def test_devices_are_asked_for_with_a_login() -> None:
+    """As the snapshot is; a wrong password is a refused login, and nothing is sent."""
+    async with gws() as (simulator, account):
+        fact = await client(simulator, account, password="wrong horse").dial(GwsDial(number="1"))
+        assert account.dials == 0
+    assert isinstance(fact, Refused)
+    assert (fact.cause.field, fact.cause.code) == ("login", "")
+    assert "check the account's login and password" in fact.cause.text
+    assert "horse" not in fact.cause.text
+
+
+async def test_no_list_of_devices_can_be_had() -> None:
+    """Nothing was sent."""
+    fact = await GenesysClient(f"http://{HOST}:{free_port()}", {}).dial(GwsDial(number="1"))
+    assert isinstance(fact, NotAnswered)
+    assert not fact.sent
