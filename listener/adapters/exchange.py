@@ -12,6 +12,7 @@ It refuses to know any party's paths, bodies and logins.
 
 import base64
 import binascii
+import json
 import ssl
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
@@ -57,8 +58,7 @@ class Secrets:
         for value in values:
             for part in (value, *_parts(value)):
                 if len(part) >= SECRET_CHARS_MIN:
-                    spellings |= {part, quote(part, safe=""), quote(part), quote_plus(part)}
-                    spellings.add(msgspec.json.encode(part).decode()[1:-1])
+                    spellings |= {part, *_spellings(part)}
         # The longest first: a part of it may be another.
         self._spellings = sorted(spellings, key=lambda each: (-len(each), each))
 
@@ -78,6 +78,13 @@ class Secrets:
         database."""
         line = " ".join(self.hide(text[:SAID_BYTES_MAX]).split())[:SAID_CHARS_MAX]
         return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in line)
+
+
+def _spellings(secret: str) -> set[str]:
+    """How a party may quote it: from the URL, or in JSON."""
+    raw = secret.encode("utf-8", "surrogatepass")  # a variable of the environment may hold any bytes
+    in_json = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    return {quote(raw), quote(raw, safe=""), quote_plus(raw)} | in_json
 
 
 def _parts(header: str) -> list[str]:
