@@ -146,8 +146,13 @@ class Party:
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
         try:
+            # A poll ends when its client has gone, and whatever waits when the server stops.
             self._runner = web.AppRunner(
-                self._app, access_log=None, handle_signals=False, shutdown_timeout=STOP_GRACE_S
+                self._app,
+                access_log=None,
+                handle_signals=False,
+                shutdown_timeout=STOP_GRACE_S,
+                handler_cancellation=True,
             )
             await self._runner.setup()
             await web.TCPSite(self._runner, self.host, self.port, backlog=4096).start()
