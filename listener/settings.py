@@ -26,7 +26,7 @@ import os
 import re
 import ssl
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, assert_never
@@ -186,11 +186,10 @@ class NoojeePbx(_Section):
     api_key_env: str | None = Field(None, description="the name of a variable that holds the API key")
     ca_file: Path | None = Field(None, description="certificates (PEM) of a private authority")
     verify: bool = Field(True, description="false accepts any certificate: only for trying things out")
-    tenant: str = Field("", description="whose the accounts are that only this PBX has")
+    tenant: str = Field("", description="whose the accounts of this PBX are")
     extensions: dict[str, str] = Field(
         default_factory=dict,
-        description='the account of each extension, { 101 = "agent5001" }; a name that no [[accounts]] has '
-        "is an account of this PBX alone",
+        description='an account for each extension, { 101 = "desk101" }, of a name that no other account has',
     )
     subscribe: bool = Field(True, description="false does not ask for the events of these extensions")
     dials: bool = Field(False, description="true lets this listener dial by this PBX")
@@ -234,11 +233,10 @@ class Click2DialPbx(_Section):
     webhook_token_env: str | None = Field(
         None, description="the name of a variable that holds the webhook_token"
     )
-    tenant: str = Field("", description="whose the accounts are that only this PBX has")
+    tenant: str = Field("", description="whose the accounts of this PBX are")
     extensions: dict[str, str] = Field(
         default_factory=dict,
-        description='the account of each extension, { 101 = "agent5001" }; a name that no [[accounts]] has '
-        "is an account of this PBX alone",
+        description='an account for each extension, { 101 = "desk101" }, of a name that no other account has',
     )
     dials: bool = Field(False, description="true lets this listener dial by this PBX")
 
@@ -433,14 +431,10 @@ class Settings(BaseSettings):
         return any(pbx.dials for pbx in pbxs) or any(map(self.may_dial, known))
 
     def pbx_accounts(self) -> dict[str, tuple[str, str]]:
-        """The accounts that only a PBX has: each name with its tenant, and the PBX's name."""
-        known = {account.name for account in self.accounts}
+        """The accounts of PBXs: each name with its tenant, and the PBX's name."""
         pbxs: dict[str, NoojeePbx | Click2DialPbx] = {**self.noojee, **self.click2dial}
         return {
-            account: (pbx.tenant, name)
-            for name, pbx in pbxs.items()
-            for account in pbx.extensions.values()
-            if account not in known
+            account: (pbx.tenant, name) for name, pbx in pbxs.items() for account in pbx.extensions.values()
         }
 
     def login_headers(self, account: Account) -> dict[str, str]:
@@ -1013,6 +1007,22 @@ class _Loading:
             )
         return resolved
 
+    def pbx_accounts(self, accounts: Iterable[Account]) -> None:
+        """An account is at one system: else nobody could say through which a call of it went."""
+        owners = {account.name: f"[[accounts]] {account.login}" for account in accounts}
+        pbxs: dict[Key, NoojeePbx | Click2DialPbx] = {
+            **{("noojee", name): pbx for name, pbx in self.settings.noojee.items()},
+            **{("click2dial", name): pbx for name, pbx in self.settings.click2dial.items()},
+        }
+        for key, pbx in pbxs.items():
+            for name in sorted(set(pbx.extensions.values())):
+                if name in owners:
+                    self.problem(
+                        (*key, "extensions"),
+                        f"the account {name} is taken by {owners[name]}; give another name",
+                    )
+                owners[name] = f"[{key[0]}.{key[1]}]"
+
     def _pbx_name(self, key: Key, name: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
             self.problem(key, f"the name {name!r} is part of addresses; write letters, digits, . _ and -")
@@ -1161,6 +1171,8 @@ def load(
     if not broken & {"environments", "accounts"}:
         checked["environments"] = loading.environments()
         checked["accounts"] = loading.accounts(checked["environments"])
+    if not broken & {"environments", "accounts", "noojee", "click2dial"}:
+        loading.pbx_accounts(checked["accounts"])
     if "noojee" not in broken:
         checked["noojee"] = loading.noojee()
     if "click2dial" not in broken:

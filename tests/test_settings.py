@@ -634,13 +634,13 @@ PBXS = f"""
 [noojee.office]
 base_url = "https://noojee.example.com/"
 api_key = "{SECRET}"
-extensions = {{ 101 = "agent1", 102 = "desk" }}
+extensions = {{ 101 = "ann", 102 = "desk" }}
 tenant = "north"
 [click2dial.c2d]
 base_url = "http://pbx.example.com:8300"
 redis_url = "redis://:{SECRET}@pbx.example.com/0"
 webhook_token = "{SECRET}"
-extensions = {{ 201 = "agent1" }}
+extensions = {{ 201 = "bob" }}
 """
 
 
@@ -659,10 +659,14 @@ def test_nobody_dials_who_was_not_asked_for_it(write: Write) -> None:
 
 
 def test_an_extension_belongs_to_an_account(write: Write) -> None:
-    """A name that no account has is an account of the PBX alone, with the PBX's tenant."""
+    """Each extension is an account of its PBX, with the PBX's tenant."""
     loaded = load(write("listener.toml", BASIC + PBXS), environ={})
     assert loaded.noojee["office"].base_url == "https://noojee.example.com"
-    assert loaded.pbx_accounts() == {"desk": ("north", "office")}
+    assert loaded.pbx_accounts() == {
+        "ann": ("north", "office"),
+        "desk": ("north", "office"),
+        "bob": ("", "c2d"),
+    }
 
 
 def test_secrets_of_a_pbx_are_never_shown(write: Write) -> None:
@@ -689,6 +693,10 @@ def test_secrets_of_a_pbx_are_never_shown(write: Write) -> None:
         ),
         ('[noojee.a]\nbase_url = "https://a"\napi_key = "k"\ndails = true\n', 'did you mean "dials"?'),
         ('[click2dial.a]\nbase_url = "http://a"\nversion = "2"\n', "click2dial.a.version"),
+        (
+            '[click2dial.a]\nbase_url = "http://a"\nextensions = { 1 = "agent1" }\n',
+            "the account agent1 is taken by [[accounts]] agent1",
+        ),
         ('[click2dial.a]\nbase_url = "http://a"\nredis_url = "http://b"\n', "redis://, rediss:// or unix://"),
         ('[click2dial.a]\nbase_url = "http://a"\ndials = true\n[api]\ntoken = "t"\n', "hears of no end"),
         ('[click2dial."a b"]\nbase_url = "http://a"\n', "part of addresses"),
