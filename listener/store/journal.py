@@ -352,8 +352,8 @@ class Journal:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
-        """A transaction as the writer: also for what is kept beside the journal (`listener.store.dials`). What
-        fails in it comes out as one of our errors, and is rolled back."""
+        """A transaction as the writer, also for what is kept beside the journal (`listener.store.dials`).
+        What fails in it comes out as one of our errors, and is rolled back."""
         async with self._connection() as connection:
             await connection.execute("BEGIN")
             try:

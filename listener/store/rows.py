@@ -94,7 +94,7 @@ _MOMENT_PLACES = [_PLACES[name] for name in ("opened_at", *_MOMENTS)]
 
 
 def call_of(row: asyncpg.Record) -> Call:
-    """The call of a row that has `_CALL_COLUMNS`."""
+    """The call of a row that has `CALL_COLUMNS`."""
     values = list(row)
     values[_ALIASES] = tuple(values[_ALIASES])
     values[_PARTIES] = _parties_from_json(values[_PARTIES])
@@ -137,7 +137,8 @@ def _unnest(table: Table, columns: Iterable[str], *, first: int) -> str:
     return f"unnest({arrays}) AS n ({', '.join(names)})"
 
 
-_CALL_COLUMNS = ", ".join(f"c.{schema.CALL_COLUMN_OF.get(name, name)}" for name in Call.__struct_fields__)
+CALL_COLUMNS = ", ".join(f"c.{schema.CALL_COLUMN_OF.get(name, name)}" for name in Call.__struct_fields__)
+"""Of a call `c`, as `call_of` takes them."""
 
 POSITIONS = """
     WITH mine AS MATERIALIZED (SELECT listener_reserve_ids($2) AS first, pg_current_xact_id() AS xid)
@@ -153,16 +154,16 @@ NAMED = """
     WHERE o.account_id = ANY($3::integer[]) AND o.ended_at IS NULL AND o.settled IS NULL"""
 """Which calls some ids name, each at its account; and all open calls of the accounts that have a snapshot."""
 
-CALLS = f"SELECT {_CALL_COLUMNS} FROM call c WHERE c.id = ANY($1)"  # noqa: S608 - see the top
+CALLS = f"SELECT {CALL_COLUMNS} FROM call c WHERE c.id = ANY($1)"  # noqa: S608 - see the top
 """Whole calls, for `call_of`."""
 
 OPEN_CALLS = f"""
-    SELECT {_CALL_COLUMNS} FROM call c
+    SELECT {CALL_COLUMNS} FROM call c
     WHERE c.account_id = ANY($1) AND c.ended_at IS NULL AND c.settled IS NULL ORDER BY c.id"""  # noqa: S608
 """The same of all that go on at some accounts."""
 
 ALL_OPEN_CALLS = f"""
-    SELECT {_CALL_COLUMNS} FROM call c
+    SELECT {CALL_COLUMNS} FROM call c
     WHERE c.ended_at IS NULL AND c.settled IS NULL ORDER BY c.id"""  # noqa: S608
 """The same of all accounts, also of those that are not listened to any more."""
 

@@ -373,6 +373,12 @@ dial = Table(
         "deadline_at",
         postgresql_where=text("outcome IS NULL AND merged_into IS NULL"),
     ),
+    # The placed ones that wait for their call, of the accounts at which one was heard.
+    Index(
+        "ix_dial_unclaimed",
+        "account_id",
+        postgresql_where=text("outcome IS NULL AND origin = 'placed' AND call_id IS NULL"),
+    ),
     # A dial is written about five times.
     postgresql_with={"fillfactor": 70},
     comment="An attempt to reach a number, as of the last fact. A placed one is written before it is sent.",
@@ -395,7 +401,7 @@ dial_fact = Table(
     _words("state"),
     _words("outcome", nullable=True),
     PrimaryKeyConstraint("dial_id", "ordinal"),
-    comment="What was heard of a dial, in order, and what it was after that. Rows are added and never changed.",
+    comment="What was heard of a dial, in order, and what it was then. Rows are added and never changed.",
 )
 
 dial_mark = Table(

@@ -288,6 +288,9 @@ TABLES = (
     "CREATE INDEX ix_dial_call_id ON dial (call_id) WHERE call_id IS NOT NULL",
     "CREATE INDEX ix_dial_waiting ON dial (deadline_at) WHERE outcome IS NULL AND merged_into IS NULL",
     """
+    CREATE INDEX ix_dial_unclaimed ON dial (account_id)
+        WHERE outcome IS NULL AND origin = 'placed' AND call_id IS NULL""",
+    """
     CREATE TABLE dial_fact (
         dial_id text NOT NULL,
         ordinal integer NOT NULL,
@@ -326,9 +329,7 @@ COMMENTS = {
         "What a restart goes on with. A credential: only the writer reads it; gone when its session is."
     ),
     "dial": "An attempt to reach a number, as of the last fact. A placed one is written before it is sent.",
-    "dial_fact": (
-        "What was heard of a dial, in order, and what it was after that. Rows are added and never changed."
-    ),
+    "dial_fact": "What was heard of a dial, in order, and what it was then. Rows are added and never changed.",
     "dial_mark": "Up to which message of an account the dials follow from its calls.",
 }
 
