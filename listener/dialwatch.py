@@ -40,6 +40,7 @@ from listener.core.dialling import (
     ENDING_DIGITS_MIN,
     Advance,
     CallHeard,
+    Deadlines,
     Dial,
     Elapsed,
     Fact,
@@ -160,6 +161,7 @@ class _Direct(Struct):
     dial: str | None = None
     seen: Sighting | None = None
     key: str = ""
+    beside: bool = False
 
 
 _Item = Told | Trouble | _Direct | dict[int, Mark]
@@ -183,6 +185,7 @@ class DialWatch:
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         queue_max: int = QUEUE_MAX,
         dials_max: int = DIALS_MAX,
+        deadlines: Deadlines = DEADLINES,
     ) -> None:
         self._store = store
         self._observer = observer
@@ -191,6 +194,7 @@ class DialWatch:
         self._clock = clock
         self._pause = pause
         self._queue_max = queue_max
+        self._deadlines = deadlines
         self._dials = _Waiting(dials_max)
         self._queue: deque[_Item] = deque()
         self._queued = asyncio.Event()
@@ -255,17 +259,27 @@ class DialWatch:
         then; None if there is none. It waits for a store that is away: bound it with a timeout."""
         return await self._direct(fact, at, dial=dial)
 
-    async def sighted(self, seen: Sighting, fact: Fact, at: datetime, *, key: str = "") -> Dial | None:
+    async def sighted(
+        self, seen: Sighting, fact: Fact, at: datetime, *, key: str = "", beside: bool = False
+    ) -> Dial | None:
         """Something was learnt of a call that has to be found among the dials. `key` is what its system calls
-        that call: the same key is the same dial. As `tell`; None if no dial, or no single one, fits."""
-        return await self._direct(fact, at, seen=seen, key=key)
+        that call: the same key is the same dial. As `tell`; None if no dial, or no single one, fits. `beside`
+        says that the call is in the journal too, and becomes a dial from there: then that is no trouble."""
+        return await self._direct(fact, at, seen=seen, key=key, beside=beside)
 
     async def _direct(
-        self, fact: Fact, at: datetime, dial: str | None = None, seen: Sighting | None = None, key: str = ""
+        self,
+        fact: Fact,
+        at: datetime,
+        dial: str | None = None,
+        seen: Sighting | None = None,
+        key: str = "",
+        *,
+        beside: bool = False,
     ) -> Dial | None:
         done: asyncio.Future[Dial | None] = asyncio.get_running_loop().create_future()
         self._unanswered.add(done)
-        self._queue.append(_Direct(fact, at, done, dial, seen, key))
+        self._queue.append(_Direct(fact, at, done, dial, seen, key, beside))
         self._wake()
         try:
             return await done
@@ -490,7 +504,7 @@ class DialWatch:
             if self._dials.doubt(call.id):
                 self._observer.dial_ambiguous()
             return [_found(dial, found, item) for dial in found.candidates]
-        if self._new(item) and (opened := overheard(call, seen.system)) is not None:
+        if self._new(item) and (opened := overheard(call, seen.system, self._deadlines)) is not None:
             self._dials.keep(opened)
             return [News(opened.id, item.at, fact, item.notification, opens=opened)]
         return []
@@ -518,8 +532,9 @@ class DialWatch:
         if found.candidates:
             self._observer.dial_ambiguous()
             return [News(dial.id, item.at, found=found) for dial in found.candidates]
-        self._observer.dial_unmatched("report")
-        self._log.warning("a report of a call fits no dial", system=str(item.seen.system))
+        if not item.beside:
+            self._observer.dial_unmatched("report")
+            self._log.warning("a report of a call fits no dial", system=str(item.seen.system))
         return []
 
 

@@ -27,12 +27,14 @@ from msgspec import Struct, structs
 from listener.core.calls import Aside, Entry, Heard, JsonObject, Source
 from listener.core.dialling import (
     SOUTH_AFRICA,
+    DEADLINES,
     Accepted,
     Advance,
     CallHeard,
     CallRecord,
     Cause,
     Confidence,
+    Deadlines,
     Dial,
     DialState,
     Elapsed,
@@ -68,8 +70,9 @@ TROUBLES_MAX = 1000
 class Dials:
     """The write side of the dials of one database, over its journal's connections."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, deadlines: Deadlines = DEADLINES) -> None:
         self._journal = journal
+        self._deadlines = deadlines
 
     async def place(
         self, dial: Dial, key: str | None = None, request: JsonObject | None = None
@@ -98,7 +101,7 @@ class Dials:
         None stands for news of a dial that there is not, or that is no dial of its own any more. Raises
         StoreError, and then nothing was stored, or (after a lost connection) all of it: hand it in again.
         """
-        work = _Work()
+        work = _Work(self._deadlines)
         opened = [_row(_Kept(one.opens)) for one in news if one.opens is not None]
         names = sorted({one.dial for one in news} | {one.merges for one in news if one.merges is not None})
         async with self._journal.transaction() as connection:
@@ -190,7 +193,8 @@ class _Kept(Struct):
 class _Work:
     """The dials of a batch, and the facts that are to be added."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadlines: Deadlines) -> None:
+        self._deadlines = deadlines
         self.dials: dict[str, _Kept] = {}
         self.changed: dict[str, None] = {}
         self.facts: list[dict[str, Any]] = []
@@ -209,7 +213,7 @@ class _Work:
             self._merge(kept, news.merges, news)
         if news.fact is None:
             return Advance(kept.dial, changed=found)
-        after = advance(kept.dial, news.fact, news.at)
+        after = advance(kept.dial, news.fact, news.at, self._deadlines)
         kept.dial = after.dial
         # A call's messages stand in its timeline: only those that made a difference are facts of the dial.
         if after.changed or not isinstance(news.fact, CallHeard | Elapsed):
