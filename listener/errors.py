@@ -5,6 +5,10 @@
     ListenerError                what we say to a person: one sentence with the cause and the cure
     ├── SettingsError            a setting is wrong; names the file, the key and what to write instead
     ├── InvalidRequest           a dial or recording was asked for wrongly: nothing was sent
+    ├── NotKnown                 what was named is not there: an account, an extension, a dial
+    ├── NotAllowed               the settings do not let this listener do it, or it cannot be done there
+    ├── KeyReused                an idempotency key was used before, for another request: nothing was sent
+    ├── TooMany                  more at the same time than is taken: nothing was sent, ask again
     ├── StoreError               the database refused or is not as it must be
     │   ├── StoreUnavailable     it may answer later: retry (connection, start-up, failover, read-only)
     │   ├── SchemaOutdated       the schema is not the one this version needs: `listener db upgrade`
@@ -33,6 +37,22 @@ class InvalidRequest(ListenerError):
     def __init__(self, argument: str, rule: str, cure: str) -> None:
         super().__init__(f"{argument}: {rule}; {cure}")
         self.argument = argument
+
+
+class NotKnown(ListenerError):
+    """What was named is not there: an account, an extension, a dial."""
+
+
+class NotAllowed(ListenerError):
+    """The settings do not let this listener do it, or the system cannot."""
+
+
+class KeyReused(ListenerError):
+    """An idempotency key was used before, for another request; nothing was sent."""
+
+
+class TooMany(ListenerError):
+    """More was asked for at the same time than is taken; nothing was sent, and it may be asked again."""
 
 
 class StoreError(ListenerError):
