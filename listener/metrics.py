@@ -8,15 +8,17 @@ Prometheus' `rate` would not see.
 
 Only this module knows prometheus_client. Two of its habits are avoided. `start_http_server` answers any path
 and blocks on an idle TLS connection, so `handler` is mounted on the daemon's own server. Its `Histogram`
-takes one value at a time under a lock; a batch has thousands, so `_Histogram` adds a batch at once.
+takes one value at a time under a lock; a batch has thousands, so `_Histogram` adds a batch at once. Those of
+dials are prometheus_client's own, because they carry exemplars: the id of a call that was so slow. Exemplars
+are shown to who asks for OpenMetrics.
 """
 
 import platform
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import NamedTuple
 
 from aiohttp.typedefs import Handler
@@ -24,6 +26,7 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
+    Histogram,
     Info,
     ProcessCollector,
     disable_created_metrics,
@@ -50,6 +53,8 @@ from listener.core.calls import (
     Step,
     Unrecognised,
 )
+from listener.core.dialling import Advance, Leg, Origin, System
+from listener.core.dialling import Outcome as DialOutcome
 from listener.core.normalise import NOTIFICATION_TYPES
 
 OTHER = "other"
@@ -66,7 +71,12 @@ that proves anything."""
 LAG_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1, 5, 60)
 COMMIT_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
 BATCH_BUCKETS = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2000)
+RING_BUCKETS_S = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120)
+ANSWER_BUCKETS_S = (1, 2, 5, 10, 15, 20, 25, 30, 40, 60, 90, 180)
 SERVER_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
+
+UNMATCHED = ("dial", "report")
+"""A placed dial that ended at its deadline without its call; a report of a call that fits no dial."""
 
 # `_created` series double what is scraped and say nothing that `process_start_time_seconds` does not.
 disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client left it without types
@@ -208,10 +218,53 @@ class Metrics:
         self._commit = histogram(
             "listener_commit_seconds", "From the beginning of a transaction to its commit.", COMMIT_BUCKETS_S
         )
+        self._dials()
         ProcessCollector(registry=self._registry)
+
+    def _dials(self) -> None:
+        counter = self._counter
+        ended = counter("listener_dials", "Dials that ended.", "system", "origin", "outcome", "leg")
+        self._dials_ended = {
+            labels: ended.labels(*labels) for labels in product(System, Origin, DialOutcome, Leg)
+        }
+        connected = counter(
+            "listener_dials_connected",
+            "Dials that were answered, counted at the answer: failures are a share of these and themselves.",
+            "system",
+            "origin",
+        )
+        rings = self._histogram(
+            "listener_dial_ring_seconds", "From the request of a dial to its ringing.", RING_BUCKETS_S
+        )
+        answers = self._histogram(
+            "listener_dial_answer_seconds", "From the request of a dial to its answer.", ANSWER_BUCKETS_S
+        )
+        pairs = list(product(System, Origin))
+        self._dials_connected = {pair: connected.labels(*pair) for pair in pairs}
+        self._dial_rings = {pair: rings.labels(*pair) for pair in pairs}
+        self._dial_answers = {pair: answers.labels(*pair) for pair in pairs}
+        waiting = self._gauge("listener_dials_waiting", "Dials that wait for their end.", "system")
+        self._dials_waiting = {system: waiting.labels(system) for system in System}
+        self._dials_unmatched = _children(
+            counter(
+                "listener_dials_unmatched",
+                "Placed dials that ended without their call, and reports of calls that fit no dial.",
+                "what",
+            ),
+            UNMATCHED,
+        )
+        self._dials_ambiguous = counter(
+            "listener_dials_ambiguous", "Calls, and reports of calls, that may be of several dials."
+        )
+        self._dials_corrected = counter(
+            "listener_dials_corrected", "Dials whose unknown outcome a late end corrected."
+        )
 
     def _counter(self, name: str, help_: str, *labels: str) -> Counter:
         return Counter(name, help_, labels, registry=self._registry)
+
+    def _histogram(self, name: str, help_: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, help_, ("system", "origin"), buckets=buckets, registry=self._registry)
 
     def _gauge(self, name: str, help_: str, *labels: str) -> Gauge:
         return Gauge(name, help_, labels, registry=self._registry)
@@ -290,6 +343,31 @@ class Metrics:
         """Count a probe (one of PROBE_RESULTS)."""
         self._probes.get(result, self._probes[OTHER]).inc()
 
+    def dial(self, advance: Advance) -> None:
+        """Count what a stored fact did to a dial."""
+        dial = advance.dial
+        pair = (dial.system, dial.origin)
+        # Of all that is known of a dial, a call id alone is nobody's personal value.
+        exemplar = {"call": str(dial.call)} if dial.call is not None else None
+        if advance.ringing and dial.time_to_ring_s is not None:
+            self._dial_rings[pair].observe(dial.time_to_ring_s, exemplar)
+        if advance.connected:
+            self._dials_connected[pair].inc()
+            if dial.time_to_answer_s is not None:
+                self._dial_answers[pair].observe(dial.time_to_answer_s, exemplar)
+        if advance.ended and dial.outcome is not None:
+            self._dials_ended[(*pair, dial.outcome, dial.leg or Leg.SYSTEM)].inc()
+        if advance.corrected:
+            self._dials_corrected.inc()
+
+    def dial_ambiguous(self) -> None:
+        """Count a call, or a report of one, that may be several dials'."""
+        self._dials_ambiguous.inc()
+
+    def dial_unmatched(self, what: str) -> None:
+        """Count a dial without a call, or a report without a dial (one of UNMATCHED)."""
+        self._dials_unmatched.get(what, self._dials_unmatched[OTHER]).inc()
+
     # ── what is now ───────────────────────────────────────────────────────────────────────────────────
 
     def session_state(self, before: str | None, after: str | None) -> None:
@@ -305,6 +383,11 @@ class Metrics:
             gauge.set(0)
         for call in calls:
             self._open_calls_of(call.state).inc()
+
+    def dials_waiting(self, waiting: Mapping[System, int]) -> None:
+        """Say how many dials wait for their end, of each system."""
+        for system, gauge in self._dials_waiting.items():
+            gauge.set(waiting.get(system, 0))
 
     def backlog(self, notifications: int, size_bytes: int) -> None:
         """Say how much was heard and is not yet committed."""

@@ -8,6 +8,8 @@ from datetime import UTC, datetime, timedelta
 from itertools import count
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from listener.core.calls import (
@@ -24,6 +26,18 @@ from listener.core.calls import (
     Source,
     Step,
     Unrecognised,
+)
+from listener.core.dialling import (
+    Accepted,
+    Advance,
+    CallHeard,
+    Cause,
+    Elapsed,
+    Refused,
+    System,
+    advance,
+    overheard,
+    placed,
 )
 from listener.core.normalise import Board
 from listener.metrics import SESSION_STATES, Metrics
@@ -396,3 +410,87 @@ if promtool := shutil.which("promtool"):
             check=False,
         )
         assert (asked.returncode, asked.stdout + asked.stderr) == (0, "")
+
+
+def _overheard(metrics: Metrics, *states: str) -> int:
+    """A dial that was overheard through these states, ten seconds apart; gives its call."""
+    board = Board(())
+    dial = None
+    for turn, state in enumerate(states):
+        at = NOON + timedelta(seconds=10 * turn)
+        said = _said(state, call="dialled")
+        (step,) = board.hear(next(_IDS), _entry(said, at=at).heard, said)
+        dial = dial or overheard(step.call)
+        assert dial is not None
+        after = advance(dial, CallHeard(step.call), at)
+        metrics.dial(after)
+        dial = after.dial
+    assert dial is not None
+    assert dial.call is not None
+    return dial.call
+
+
+def test_a_dial_is_counted_once_for_each_turn_of_its_life() -> None:
+    """Ringing and answer with their seconds, the answer when it came, the end by outcome and leg."""
+    metrics = Metrics()
+    pair = {"system": "gws", "origin": "overheard"}
+    _overheard(metrics, "Dialing", "Ringing", "Established")
+    assert _value(metrics, "listener_dials_connected_total", **pair) == 1
+    assert _value(metrics, "listener_dials_total", **pair, outcome="answered", leg="callee") == 0
+    _overheard(metrics, "Dialing", "Ringing", "Established", "Held", "Released")
+    assert _value(metrics, "listener_dials_total", **pair, outcome="answered", leg="callee") == 1
+    assert _value(metrics, "listener_dial_ring_seconds_bucket", **pair, le="7.5") == 0
+    assert _value(metrics, "listener_dial_ring_seconds_bucket", **pair, le="10.0") == 2
+    assert _value(metrics, "listener_dial_answer_seconds_sum", **pair) == 40
+    assert _value(metrics, "listener_dials_connected_total", **pair) == 2
+
+
+def test_what_became_of_placed_dials_is_counted() -> None:
+    """Refused on the side of the system, unknown and then corrected: that is no second end."""
+    metrics = Metrics()
+    pair = {"system": "noojee", "origin": "placed"}
+    dial = placed("d", 1, System.NOOJEE, "123", NOON)
+    metrics.dial(advance(dial, Refused(Cause(System.NOOJEE, "http", "403")), NOON))
+    assert _value(metrics, "listener_dials_total", **pair, outcome="not_allowed", leg="system") == 1
+    accepted = advance(dial, Accepted(), NOON)
+    metrics.dial(accepted)
+    late = NOON + timedelta(hours=1)
+    unknown = advance(accepted.dial, Elapsed(), late)
+    metrics.dial(unknown)
+    metrics.dial(Advance(unknown.dial, changed=True, corrected=True))
+    assert _value(metrics, "listener_dials_total", **pair, outcome="unknown", leg="system") == 1
+    assert _value(metrics, "listener_dials_corrected_total") == 1
+    metrics.dial_ambiguous()
+    metrics.dial_unmatched("dial")
+    metrics.dial_unmatched("nothing")
+    assert _value(metrics, "listener_dials_ambiguous_total") == 1
+    assert _value(metrics, "listener_dials_unmatched_total", what="dial") == 1
+    assert _value(metrics, "listener_dials_unmatched_total", what="other") == 1
+
+
+def test_waiting_dials_are_those_of_now() -> None:
+    """A system that has none any more shows none."""
+    metrics = Metrics()
+    metrics.dials_waiting({System.GWS: 3, System.NOOJEE: 1})
+    metrics.dials_waiting({System.GWS: 2})
+    waiting = {system: _value(metrics, "listener_dials_waiting", system=system.value) for system in System}
+    assert waiting == {System.GWS: 2, System.NOOJEE: 0, System.CLICK2DIAL: 0}
+
+
+async def test_exemplars_name_a_call_in_openmetrics() -> None:
+    """Who asks /metrics for OpenMetrics gets a call's id with the bucket; the text format has none."""
+    metrics = Metrics()
+    call = _overheard(metrics, "Dialing", "Ringing", "Established")
+    app = web.Application()
+    app.router.add_get("/metrics", metrics.handler())
+    async with TestClient(TestServer(app)) as client:
+        wanted = {"Accept": "application/openmetrics-text; version=1.0.0"}
+        async with client.get("/metrics", headers=wanted) as reply:
+            shown = await reply.text()
+            assert reply.content_type == "application/openmetrics-text"
+        async with client.get("/metrics") as reply:
+            plain = await reply.text()
+    bucket = 'listener_dial_answer_seconds_bucket{le="20.0",origin="overheard",system="gws"} 1.0'
+    assert f'{bucket} # {{call="{call}"}} 20.0 ' in shown
+    assert shown.endswith("# EOF\n")
+    assert bucket + "\n" in plain
