@@ -73,10 +73,10 @@ class Secrets:
                     break
         return text
 
-    def one_line(self, text: str) -> str:
+    def one_line(self, text: str, chars_max: int = SAID_CHARS_MAX) -> str:
         """The text to be quoted: one line of bounded length, without them, fit for a terminal, a log and a
         database."""
-        line = " ".join(self.hide(text[:SAID_BYTES_MAX]).split())[:SAID_CHARS_MAX]
+        line = " ".join(self.hide(text[:SAID_BYTES_MAX]).split())[:chars_max]
         return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in line)
 
 
@@ -185,7 +185,7 @@ async def exchange(
     try:
         async with (
             aiohttp.ClientSession(
-                cookie_jar=aiohttp.DummyCookieJar() if jar is None else jar,  # an empty jar is false
+                cookie_jar=jar,
                 connector=aiohttp.TCPConnector(ssl=tls or True, force_close=True),
                 timeout=aiohttp.ClientTimeout(total=within_s),
                 trace_configs=[trace],

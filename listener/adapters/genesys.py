@@ -12,6 +12,7 @@ account asks for it. A dial that was refused because the session or its token ha
 out, and is sent once more after a login; one that may have been carried out is never sent again.
 """
 
+import asyncio
 import ssl
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -45,6 +46,9 @@ DEVICES_PATH = "/api/v2/me/devices?fields=*"
 
 DEVICES_SHOWN_MAX = 10
 """So many of an account's devices are named when one must be chosen."""
+
+DEVICES_CHARS_MAX = 600
+"""How long that may get: ids are UUIDs."""
 
 INCOMPLETE = (7, 9)
 """statusCodes of partial success and of processing that is not complete: neither yes nor no."""
@@ -181,10 +185,17 @@ class GenesysClient:
     async def dial(self, request: GwsDial | GwsPreviewDial) -> Acknowledgement:
         """Asks for a call, by the account's only device where the request names none. Never raises.
 
-        Takes at most five requests of `request_s`, and tells what the one said that asked for the call.
+        Takes at most four times `request_s`: finding the device, asking, logging in anew, asking again. Tells
+        what was said to the last request that asked for the call.
         """
         try:
-            request = await self._with_device(request)
+            async with asyncio.timeout(self._request_s):
+                request = await self._with_device(request)
+        except TimeoutError:
+            text = (
+                f"{self._base_url}: no device found within {self._request_s:g} s; name the one to dial from"
+            )
+            return NotAnswered(sent=False, system=System.GWS, text=text)
         except InvalidRequest as error:
             return Refused(Cause(System.GWS, "validation", error.argument, str(error)))
         except LoginRefused as error:
@@ -195,10 +206,11 @@ class GenesysClient:
         answer = await self._post(built)
         if isinstance(answer, Answer) and _denied(answer):
             try:
-                await self.login()
+                async with asyncio.timeout(self._request_s):
+                    await self.login()
             except LoginRefused as error:
                 return login_refused(System.GWS, str(error))
-            except RemoteUnavailable:
+            except (RemoteUnavailable, TimeoutError):
                 return _acknowledgement(answer, self._secrets())
             answer = await self._post(built)
         return _acknowledgement(answer, self._secrets())
@@ -221,7 +233,8 @@ class GenesysClient:
             raise InvalidRequest("device", "the account has none", "give it one, or dial by another account")
         shown = ", ".join(f"{each.id} ({each.phone_number})" for each in devices[:DEVICES_SHOWN_MAX])
         more = ", …" if len(devices) > DEVICES_SHOWN_MAX else ""
-        raise InvalidRequest("device", f"the account has {len(devices)}", f"name one of them: {shown}{more}")
+        cure = f"name one of them: {self._secrets().one_line(shown, DEVICES_CHARS_MAX)}{more}"
+        raise InvalidRequest("device", f"the account has {len(devices)}", cure)
 
     async def _get(self, path: str) -> Reply:
         """What is at the path; logs in anew if the session has expired."""

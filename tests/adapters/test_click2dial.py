@@ -24,6 +24,7 @@ async def test_any_other_status_is_none(status: int) -> None:
     """Its words are kept."""
     async with party(says(status, "callee: not allowed", "text/plain")) as there:
         fact = await Click2Dial(there.url + "/").dial(CALL)
+        assert there.seen == [("POST", "/click2dial/calls")]
     assert isinstance(fact, Refused)
     assert (fact.cause.system, fact.cause.field, fact.cause.code) == (System.CLICK2DIAL, "http", str(status))
     if status >= 400:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
@@ -148,14 +149,19 @@ async def test_an_answer_as_it_came() -> None:
     assert (got.headers["x-token"], got.trouble, got.location) == ("t0ken", None, "")
 
 
-async def test_no_cookie_is_kept_unasked() -> None:
-    """Only who brings a jar has a session."""
-    async with party(says(200, "", **{"Set-Cookie": "a=b"})) as there:
-        jar = aiohttp.CookieJar(unsafe=True)
-        await exchange("GET", URL(there.url), headers={}, secrets=NONE)
-        assert len(jar) == 0
-        await exchange("GET", URL(there.url), headers={}, secrets=NONE, jar=jar)
-        assert [cookie.key for cookie in jar] == ["a"]
+async def test_cookies_are_kept_by_who_brings_a_jar() -> None:
+    """Nobody else has a session."""
+    sent: list[str | None] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        sent.append(request.headers.get("Cookie"))
+        return web.Response(headers={"Set-Cookie": "a=b"})
+
+    async with party(handler) as there:
+        jar = aiohttp.CookieJar(unsafe=True)  # also for hosts that are IP addresses
+        for kept in (None, None, jar, jar):
+            await exchange("GET", URL(there.url), headers={}, secrets=NONE, jar=kept)
+    assert sent == [None, None, None, "a=b"]
 
 
 @pytest.mark.parametrize("url", ["http://a..b/", f"http://{'a' * 70}.example/", "http:///x"])

@@ -630,3 +630,51 @@ async def test_no_list_of_devices_can_be_had() -> None:
     fact = await GenesysClient(f"http://{HOST}:{free_port()}", {}).dial(GwsDial(number="1"))
     assert isinstance(fact, NotAnswered)
     assert not fact.sent
+
+
+async def test_a_dial_is_not_sent_late() -> None:
+    """Finding the device has one bound over all its requests: an agent who waited that long has given up."""
+
+    async def answer(request: web.Request) -> web.Response:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.Event().wait(), 0.2)
+        listing = len(requests) > 2 and request.path != "/api/v2/me"
+        return devices("7") if listing else gws_answer(DENIED, 200 if request.path == "/api/v2/me" else 403)
+
+    async with answering(answer) as (url, requests):
+        fact = await GenesysClient(url, {}, request_s=0.3).dial(GwsDial(number="1"))
+        assert [request.method for request in requests] == ["GET", "GET"]
+    assert fact == NotAnswered(
+        sent=False,
+        system=System.GWS,
+        text=f"{url}: no device found within 0.3 s; name the one to dial from",
+    )
+
+
+async def test_a_dial_is_not_repeated_late() -> None:
+    """A login whose requests together take longer than one may: the dial was refused, and stays so."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if request.path == DIAL_PATH:
+            return gws_answer(CSRF_REFUSED, 403)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.Event().wait(), 0.2)
+        return gws_answer({"statusCode": 0})
+
+    async with answering(answer) as (url, requests):
+        fact = await GenesysClient(url, {}, request_s=0.3, start_session=True).dial(DIAL)
+        assert [request.path for request in requests] == [DIAL_PATH, "/api/v2/me", "/api/v2/me"]
+    assert fact == Refused(Cause(System.GWS, "statusCode", "3", "Missing or invalid Csrf token"))
+
+
+async def test_what_is_listed_fits_everywhere() -> None:
+    """Ids come from outside: a NUL or a megabyte must not stand in a cause."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return devices("a\0b", "c" * 1_000_000)
+
+    async with answering(answer) as (url, _):
+        fact = await GenesysClient(url, {}).dial(GwsDial(number="1"))
+    assert isinstance(fact, Refused)
+    assert fact.cause.text.isprintable()
+    assert len(fact.cause.text) < 800
