@@ -26,8 +26,8 @@ from msgspec import Struct, structs
 
 from listener.core.calls import Aside, Entry, Heard, JsonObject, Source
 from listener.core.dialling import (
-    SOUTH_AFRICA,
     DEADLINES,
+    SOUTH_AFRICA,
     Accepted,
     Advance,
     CallHeard,
