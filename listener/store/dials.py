@@ -93,6 +93,18 @@ class Dials:
                 raise asyncpg.UniqueViolationError(f"a dial {dial.id} is there already")
             return _kept(found).dial, False
 
+    async def get(self, id: str) -> Dial | None:
+        """A dial as it is now."""
+        async with self._journal.transaction() as connection:
+            found = await connection.fetchrow(_BY_ID, id)
+        return None if found is None else _kept(found).dial
+
+    async def requested(self, id: str) -> JsonObject | None:
+        """What was asked for when it was placed; None for a dial that was not placed, or that there is not."""
+        async with self._journal.transaction() as connection:
+            request = await connection.fetchval("SELECT request FROM dial WHERE id = $1", id)
+        return None if request is None else msgspec.json.decode(request)
+
     async def take(
         self, news: Sequence[News], marks: Mapping[int, Mark] | None = None
     ) -> list[Advance | None]:
@@ -416,6 +428,8 @@ _PLACE = f"""
 _BY_KEY = f"""
     SELECT {_D} FROM dial d
     WHERE d.system = $1 AND d.account_id = $2 AND d.idempotency_key = $3"""  # noqa: S608
+
+_BY_ID = f"SELECT {_D} FROM dial d WHERE d.id = $1"  # noqa: S608
 
 _LOCK = f"SELECT {_D} FROM dial d WHERE d.id = ANY($1) ORDER BY d.id FOR NO KEY UPDATE"  # noqa: S608
 
