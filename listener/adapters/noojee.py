@@ -29,6 +29,7 @@ from listener.adapters.exchange import (
     Secrets,
     Trouble,
     exchange,
+    login_refused,
     refusal,
     unanswered,
 )
@@ -106,6 +107,8 @@ class Noojee:
         code, message = answer.integer("Code"), answer.json().get("Message")
         text = self._secrets.one_line(message) if isinstance(message, str) else ""
         if code is not None and code < 0:
+            if "apikey" in text.lower():  # no list of codes exists; a message that names the key is about it
+                return login_refused(System.NOOJEE, f"Code {code} {text}")
             return Refused(Cause(System.NOOJEE, "Code", str(code), text))
         if answer.status >= 300:
             return refusal(System.NOOJEE, answer)
@@ -219,7 +222,8 @@ class NoojeeEvents:
 
     With number 0 the server tells what is live now, and with a timeOut of 0 at once. That is where a first
     run begins; and a PBX that counts from the beginning again (a restart) is heard anew from there, with the
-    gap `session lost` for what ended meanwhile. How long a server keeps events is not documented: after a
+    gap `session lost` for what ended meanwhile. Until the first number comes, a reply that is cut may take
+    the events of a call with it that ends before the next: then that call is told as it is by then, or not. How long a server keeps events is not documented: after a
     long break they may be lost, which the gap of the break shows. A PBX that restarts and counts beyond our
     number before we ask again cannot be told from one that did not.
 
