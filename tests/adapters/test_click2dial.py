@@ -1,10 +1,12 @@
 """Click2Dial: what its statuses mean. What a dial does in trouble is in test_dialling.py."""
 
 import pytest
+from msgspec import structs
 
 from listener.adapters.click2dial import Click2Dial
 from listener.core.dialling import Accepted, Cause, Refused, System
 from listener.core.requests import Click2DialCall
+from listener.simulator.click2dial import Click2DialServer
 from tests.support.party import party, says
 
 CALL = Click2DialCall(agent="201", callee="0820001234", outbound_id="27110001234", reference="r-1")
@@ -17,6 +19,22 @@ async def test_any_2xx_is_an_acknowledgement(status: int, body: str) -> None:
     async with party(says(status, "" if status == 204 else body)) as there:
         assert await Click2Dial(there.url).dial(CALL) == Accepted()
     assert there.seen == [("POST", "/click2dial/calls")]
+
+
+@pytest.mark.parametrize("before_v3", [False, True])
+async def test_a_call_at_the_simulated_pbx(before_v3: bool) -> None:
+    """A server of either generation that holds each field to its rule, and finds the reference."""
+    async with Click2DialServer(version=2 if before_v3 else 3, time_scale=1000) as pbx:
+        call = structs.replace(CALL, before_v3=before_v3)
+        assert await Click2Dial(pbx.url).dial(call) == Accepted()
+        (made,) = pbx.calls
+    assert made.request == {
+        "agent": "201",
+        "callee": "0820001234",
+        "outbound_id": "27110001234",
+        "call_ref" if before_v3 else "contact_ref": "r-1",
+    }
+    assert made.script != "error_28"
 
 
 @pytest.mark.parametrize("status", [300, 400, 404, 422, 500, 503])

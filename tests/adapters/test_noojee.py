@@ -1,5 +1,6 @@
 """Noojee: each operation, and what its replies mean. What a dial does in trouble is in test_dialling.py."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from listener.core.requests import (
     NoojeeStartRecording,
     NoojeeStopRecording,
 )
+from listener.simulator.noojee import NoojeeServer
 from tests.support.party import cut, party, says
 
 PATH = "/servicemanager/rest/CallManagementAPI/"
@@ -72,6 +74,38 @@ async def test_a_notice_is_success_and_is_logged(operation: str) -> None:
             assert await ask(there.url, operation) == Accepted()
     (entry,) = logs
     assert (entry["log_level"], entry["code"], entry["message"]) == ("warning", 3, "Slow trunk ***")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_a_refusal_that_names_the_key_is_a_refused_login(operation: str) -> None:
+    """No list of codes exists; the parameter's name in the message is what there is to go by."""
+    async with party(says(200, f'{{"Message": "apiKey {KEY} is unknown", "Code": -4}}')) as there:
+        fact = await ask(there.url, operation)
+    assert fact == Refused(Cause(System.NOOJEE, "login", "", "Code -4 apiKey *** is unknown"))
+    assert meaning(fact.cause).outcome is Outcome.NOT_ALLOWED
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_each_operation_at_the_simulated_pbx(operation: str) -> None:
+    """A server that checks names and key, and does what it is asked to do."""
+    async with NoojeeServer(api_key=KEY, time_scale=1000) as pbx:
+        noojee = Noojee(pbx.url, KEY)
+        call = pbx.call("411", "inbound_answered")
+        async with asyncio.timeout(5):
+            while call.status != "Ringing":  # noqa: ASYNC110 - the call begins in a task of the simulator
+                await asyncio.sleep(0.001)
+        request = {
+            "dial": NoojeeDial(number="102", exten_or_unique_id="SIP/412"),
+            "hangup": NoojeeHangup(exten_or_unique_id=call.unique_call_id),
+            "answer": NoojeeAnswer(unique_id=call.unique_call_id, exten="SIP/411"),
+            "start_recording": NoojeeStartRecording(exten_or_unique_id="411"),
+            "stop_recording": NoojeeStopRecording(exten_or_unique_id="411"),
+        }[operation]
+        fact = await getattr(noojee, operation)(request)
+        assert fact == Accepted("1" if operation == "dial" else None)
+        assert call.ended == (operation == "hangup")
+        wrong = await getattr(Noojee(pbx.url, "another key"), operation)(request)
+    assert (wrong.cause.field, wrong.cause.text) == ("login", "Code -1 Invalid apiKey")
 
 
 async def test_success_is_not_logged() -> None:
