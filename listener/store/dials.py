@@ -100,7 +100,7 @@ class Dials:
         return None if found is None else _kept(found).dial
 
     async def requested(self, id: str) -> JsonObject | None:
-        """What was asked for when it was placed; None for a dial that was not placed, or that there is not."""
+        """What was asked for when it was placed; None for a dial that was not placed, or is not there."""
         async with self._journal.transaction() as connection:
             request = await connection.fetchval("SELECT request FROM dial WHERE id = $1", id)
         return None if request is None else msgspec.json.decode(request)
