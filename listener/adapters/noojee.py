@@ -223,9 +223,9 @@ class NoojeeEvents:
     With number 0 the server tells what is live now, and with a timeOut of 0 at once. That is where a first
     run begins; and a PBX that counts from the beginning again (a restart) is heard anew from there, with the
     gap `session lost` for what ended meanwhile. Until the first number comes, a reply that is cut may take
-    the events of a call with it that ends before the next: then that call is told as it is by then, or not. How long a server keeps events is not documented: after a
-    long break they may be lost, which the gap of the break shows. A PBX that restarts and counts beyond our
-    number before we ask again cannot be told from one that did not.
+    the events of a call with it that ends before the next. How long a server keeps events is not documented:
+    after a long break they may be lost, which the gap of the break shows. A PBX that restarts and counts
+    beyond our number before we ask again cannot be told from one that did not.
 
     Only what a dial with monitored=yes, or the PBX's settings, let it tell is heard at all.
     """
