@@ -293,6 +293,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str, str, str]] = {
     "a record's number that is one": (preview, {"phoneNumber": 5001}, "phoneNumber", "a text", "whole"),
     "a record's empty number": (preview, {"phoneNumber": ""}, "phoneNumber", "is empty", "give it"),
     "a handle that is a text": (preview, {"recordHandle": "431"}, "recordHandle", "whole number", "431"),
+    "a handle that is true": (preview, {"recordHandle": True}, "recordHandle", "whole number", "431"),
     "a record with NaN": (preview, {"x": math.inf}, "outboundRecord", "inf", "give a number"),
     "no technology": (noojee, {"exten_or_unique_id": "101"}, "extenOrUniqueId", "technology", "SIP/100"),
     "only technology": (noojee, {"exten_or_unique_id": "SIP/"}, "extenOrUniqueId", "technology", "SIP/100"),
@@ -329,6 +330,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str, str, str]] = {
         "shorten",
     ),
     "agent of 2 digits": (click, {"agent": "10"}, "agent", "3 or 4 digits", "101"),
+    "agent of many digits": (click, {"agent": "1" * 5_000}, "agent", "neither 0, 27 nor 00", "101"),
     "agent of 5 digits": (click, {"agent": "10101"}, "agent", "3 or 4 digits", "101"),
     "a callee that is an extension": (
         click,
