@@ -483,6 +483,8 @@ class DialWatch:
 
     def _call(self, item: Told) -> list[News]:
         call = item.call
+        if self._system_of(call.account) is System.CLICK2DIAL:
+            return []  # met at its end, and the record that says so was `sighted`: it is no other dial's
         fact = CallHeard(call)
         mine = self._dials.of_call(call.id)
         if mine is not None and mine.origin is Origin.PLACED:
