@@ -77,6 +77,10 @@ one before the last answer came: an answer may have been under way for so long."
 CALL_CHANNELS = frozenset({"/v2/me/calls", "/workspace/v3/voice"})
 """Where calls are told, in v2 and v3: what comes on another channel does not show that calls would."""
 
+IN_FLIGHT_S = 1.0
+"""How long a message may be under way: what the server said so shortly before we stopped listening is not
+known to have come."""
+
 QUICK_S = 0.15
 """A commit that is quicker than this was known before the session asked again; it keeps silent for longer
 (`listener.core.session.Limits.retry_s`) before it asks with an old acknowledgement."""
@@ -304,12 +308,14 @@ class Watch:
         "_closing",
         "_ended",
         "_gap",
+        "_has_observed",
         "_ledger",
         "_observer",
         "_owed",
         "_pause",
         "_pipeline",
         "_resumes_from",
+        "_saved",
         "_settled_s",
         "_slow",
         "_snapshot",
@@ -365,6 +371,8 @@ class Watch:
         self._ended = False
         self._acknowledges = acknowledges
         self._resumes_from = observed_until if acknowledges else None
+        self._has_observed = False
+        self._saved: Saved | None = None
         self._subscribed_at: datetime | None = None
         self._owed = self._resumes_from is None
         self._closing: asyncio.Task[None] | None = None
@@ -399,8 +407,14 @@ class Watch:
         await self._pipeline.hear(heard, durable)
 
     def keep(self, saved: Saved | None) -> None:
-        """What the session can be resumed with from now on; None when it is over."""
-        self._ledger.keep(self.account, saved)
+        """What the session can be resumed with from now on; None when it is over.
+
+        Only a session that has observed the account is resumed: another one, going on after a restart, would
+        withdraw a gap that began before its handshake.
+        """
+        self._saved = saved
+        if saved is None or self._has_observed:
+            self._ledger.keep(self.account, saved)
 
     def answered(self, at: datetime, *, took: bool) -> None:
         """The server answered, and all facts of the answer have been told; `took`: with new messages."""
@@ -484,6 +498,9 @@ class Watch:
                 if fact.redelivered:
                     self._observer.duplicates(fact.redelivered)
             case Handshaken():
+                self._has_observed = False
+                self._saved = None
+                self._ledger.keep(self.account, None)
                 self._owed = True
                 self._resumes_from = None
                 self._acknowledges = fact.ack
@@ -508,6 +525,7 @@ class Watch:
                 self._goes_on(self._gap.since if self._gap is not None else at)
             case Resumed():
                 self._subscribed_at = self._sure_at = at
+                self._owed = True
                 self._goes_on(at)
             case SubscriptionRefused(channel, error, retry_s):
                 self._log.error("subscription refused", channel=channel, error=error, retry_s=retry_s)
@@ -527,11 +545,17 @@ class Watch:
         self._deaf(_Gap(self.vouched() or at, "session lost", self._clock()), detail)
 
     def end(self, at: datetime, cause: str = "stopped") -> None:
-        """The account is listened to no more, from `at` on; what its session still says changes nothing."""
+        """The account is listened to no more, from `at` on; what its session still says changes nothing.
+
+        Unless the session is resumed, the gap began with the last answer: what was said since may have been
+        under way, and nobody waits for it any more.
+        """
         self._ended = True
         self._forget_snapshot()
         if self._gap is not None:
             self._count(self._gap, at)
+        else:
+            at = min(at, self.vouched() or at) - timedelta(seconds=IN_FLIGHT_S)
         self._ledger.cover(Cover(self.account, at, cause))
         self._stand(None)
 
@@ -645,6 +669,10 @@ class Watch:
     def _found(self, at: datetime, *, withdraws: bool = False) -> None:
         """Observed from `at` on; with `withdraws`, whatever was written of gaps since then."""
         self._stretch += 1
+        if not self._has_observed:
+            self._has_observed = True
+            if self._saved is not None:
+                self._ledger.keep(self.account, self._saved)
         gap, self._gap = self._gap, None
         if gap is not None:
             self._count(gap, at)

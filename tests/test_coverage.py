@@ -439,7 +439,7 @@ async def test_a_session_that_goes_on_after_a_restart_was_observed_all_the_time(
             assert one.watch.state == "waiting"
             assert one.watch.trouble == "disconnected: because"
         await stage.clock.advance(2)
-        assert await stage.rows() == [Row(0, 10, ""), Row(10, None, "stopped")]
+        assert await stage.rows() == [Row(0, 9, ""), Row(9, None, "stopped")]
         one.tell(Unbroken())
         assert merged(await stage.rows()) == [Row(0, None, "")]
         assert (one.watch.state, one.watch.trouble, stage.rest.asked) == ("up", "", 0)
@@ -462,8 +462,8 @@ async def test_a_session_that_is_gone_after_a_restart_leaves_the_gap(
         one.gap("disconnected")
         one.tell(Unbroken())
         assert merged(await stage.rows()) == [
-            Row(0, 10, ""),
-            Row(10, 20, "stopped"),
+            Row(0, 9, ""),
+            Row(9, 20, "stopped"),
             Row(20, 22, "session lost"),
             Row(22, None, ""),
         ]
@@ -491,7 +491,7 @@ async def test_without_acknowledgements_the_gap_of_a_restart_stays(
         one = stage.watch(acknowledges=False, observed_until=since)
         one.tell(Resumed())
         await until(lambda: one.watch.state == "up")
-        assert await stage.rows() == [Row(0, 10, ""), Row(10, 20, "stopped"), Row(20, None, "")]
+        assert await stage.rows() == [Row(0, 9, ""), Row(9, 20, "stopped"), Row(20, None, "")]
         assert stage.rest.asked == 1
 
 
@@ -542,16 +542,32 @@ async def test_what_a_session_is_resumed_with_is_written_with_the_coverage_or_la
 
 
 async def test_a_resumed_session_leaves_a_gap(stage: Stage) -> None:
-    """Without acknowledgements, what was in flight is lost: a gap from the last answer to the next."""
+    """Without acknowledgements, what was in flight is lost: a gap from the last answer to the next. A call
+    may have ended meanwhile, so a snapshot closes it."""
     one = stage.watch()
     await one.up(UNACKNOWLEDGED)
     await stage.clock.advance(10)
     one.gap("disconnected", 8)
     await stage.clock.advance(5)
+    asked = stage.rest.asked
     one.tell(Resumed())
+    await until(lambda: one.watch.state == "up")
+    assert stage.rest.asked == asked + 1
     assert await stage.rows() == [Row(0, 8, ""), Row(8, 15, "disconnected"), Row(15, None, "")]
     assert stage.counts.gaps[-1] == ("disconnected", 7.0)
     assert stage.counts.reconnects == 1
+
+
+async def test_a_stop_begins_where_nothing_is_vouched_for_any_more(stage: Stage) -> None:
+    """What the server said since its last answer was not heard, or is not durable: it is not observed, though
+    the stop came later."""
+    one = stage.watch()
+    await one.up()
+    await stage.clock.advance(10)
+    one.answered()
+    await stage.clock.advance(3)
+    one.watch.end(stage.clock.wall())
+    assert await stage.rows() == [Row(0, 9, ""), Row(9, None, "stopped")]
 
 
 async def test_the_cause_of_a_gap_becomes_known(stage: Stage) -> None:
@@ -658,7 +674,8 @@ async def test_a_watch_without_rest_takes_the_subscription_for_the_end_of_the_ga
 
 
 async def test_the_end_is_a_row_and_the_last_word(stage: Stage) -> None:
-    """From then on it is "stopped"; a snapshot under way is given up, and the farewell changes nothing."""
+    """From then on it is "stopped", and what may have been under way is not vouched for; a snapshot under way
+    is given up, and the farewell changes nothing."""
     one, two = stage.watch(1), stage.watch(2)
     await one.up()
     stage.rest.open.clear()
@@ -672,7 +689,7 @@ async def test_the_end_is_a_row_and_the_last_word(stage: Stage) -> None:
     one.tell(Unbroken(), Subscribed())
     stage.rest.open.set()
     await turns()
-    assert await stage.rows(1) == [Row(0, 10, ""), Row(10, None, "stopped")]
+    assert await stage.rows(1) == [Row(0, 9, ""), Row(9, None, "stopped")]
     assert await stage.rows(2) == [Row(0, 10, "not started"), Row(10, None, "stopped")]
     assert {state: count for state, count in stage.counts.states.items() if count} == {}
     assert stage.counts.gaps == [("not started", 10.0)]
@@ -827,10 +844,10 @@ async def test_the_heartbeat_never_vouches_for_what_is_not_committed(
         assert await restarted.rows() == [Row(0, 15, ""), Row(15, None, "not started")]
 
 
-async def test_what_was_stored_after_the_last_heartbeat_was_observed(
+async def test_what_was_stored_after_the_last_heartbeat_vouches_for_nothing(
     stage: Stage, journal: Journal, sql: asyncpg.Connection
 ) -> None:
-    """The last message that was committed before a crash vouches too."""
+    """A gap before the last message may have been told and not written when the crash came."""
     one = stage.watch()
     await one.up()
     await stage.clock.advance(7)
@@ -840,10 +857,10 @@ async def test_what_was_stored_after_the_last_heartbeat_was_observed(
     later = Clock(stage.clock.began_at)
     later.passed_s = 50
     async with staged(journal, sql, later) as restarted:
-        assert await restarted.rows() == [Row(0, 7, ""), Row(7, None, "not started")]
+        assert await restarted.rows() == [Row(0, None, "not started")]
         again = restarted.watch()
         await again.up()
-        assert await restarted.rows() == [Row(0, 7, ""), Row(7, 50, "not started"), Row(50, None, "")]
+        assert await restarted.rows() == [Row(0, 50, "not started"), Row(50, None, "")]
 
 
 async def test_a_planned_stop_is_still_stopped_at_the_next_start(
@@ -860,7 +877,7 @@ async def test_a_planned_stop_is_still_stopped_at_the_next_start(
     later.passed_s = 60
     async with staged(journal, sql, later) as restarted:
         await restarted.watch().up()
-        assert await restarted.rows() == [Row(0, 5, ""), Row(5, 60, "stopped"), Row(60, None, "")]
+        assert await restarted.rows() == [Row(0, 4, ""), Row(4, 60, "stopped"), Row(60, None, "")]
 
 
 async def test_what_the_line_still_holds_is_not_vouched_for(stage: Stage) -> None:
@@ -1169,7 +1186,8 @@ async def test_whatever_the_session_says_no_deaf_moment_is_called_observed(
     await stage.settled()
     rows = await stage.rows()
     assert rows[0].since_s == 0
-    assert rows[-1] == Row(stage.clock.passed_s, None, "stopped")
+    assert rows[-1].cause == "stopped"
+    assert rows[-1].since_s <= stage.clock.passed_s
     for row in rows[:-1]:
         if row.cause == "":
             for since_s, until_s, what in deaf:

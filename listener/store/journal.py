@@ -315,9 +315,8 @@ class Journal:
         async with self.transaction() as connection:
             await _lock(connection, ids)
             end = await Ledger.read(connection, ids)
-            heard_at = {row[0]: row[1] for row in await connection.fetch(ledger.LAST_HEARD, ids)}
             for account in ids:
-                end.resume(account, microseconds(at), heard_at[account])
+                end.resume(account, microseconds(at))
             await end.write(connection)
             return {row[0]: moment(row[1]) for row in await connection.fetch(ledger.OBSERVED_UNTIL, ids)}
 

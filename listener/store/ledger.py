@@ -53,7 +53,7 @@ class Ledger:
             at = max(at, last["until"])
         begun.append([account, at, None, cause, at if cause == OBSERVED else None])
 
-    def resume(self, account: int, at: int, heard_at: int | None) -> None:
+    def resume(self, account: int, at: int) -> None:
         """What a start at `at` finds: a gap goes on, and "observed" ended when it was last known to be so."""
         last = self._last.get(account)
         if last is None:
@@ -61,8 +61,10 @@ class Ledger:
         elif last["until"] is not None:
             self.turn(account, last["until"], NOT_STARTED)
         elif last["cause"] == OBSERVED:
-            known = [moment for moment in (last["seen_at"], heard_at) if moment is not None]
-            self.turn(account, min(max(known, default=last["since"]), at), NOT_STARTED)
+            # A message that was committed later proves nothing of the time before it: others may have been
+            # under way, and a gap may have been told and not written yet.
+            known = last["since"] if last["seen_at"] is None else max(last["since"], last["seen_at"])
+            self.turn(account, min(known, at), NOT_STARTED)
 
     async def write(self, connection: Connection) -> None:
         """Close what ended, then add what began: at no time are two rows of an account open."""
@@ -117,9 +119,6 @@ OBSERVED_UNTIL = """
         AND g.until IS DISTINCT FROM g.since AND g.cause NOT IN ('', 'stopped', 'not started'))"""
 """The accounts of which nothing but a stop or a crash, and no other gap, says that they are not observed; and
 until when they were."""
-
-LAST_HEARD = "SELECT id, heard_at FROM account WHERE id = ANY($1)"
-"""When a message of each account was last committed."""
 
 HEARTBEAT = """
     UPDATE coverage SET seen_at = greatest(seen_at, $2) WHERE id IN (

@@ -26,7 +26,8 @@ SAYS_GOODBYE = (
 
 
 async def stretches(dsn: str, login: str) -> list[str]:
-    """The causes of an account's coverage that lasted any time, in order, without repeats; "" is observed."""
+    """The causes of an account's coverage in order, without repeats; "" is observed. A gap of no length was
+    withdrawn; observed for so short a time that nothing can be vouched for is observed."""
     connection = await asyncpg.connect(dsn)
     try:
         rows = await connection.fetch(
@@ -39,7 +40,7 @@ async def stretches(dsn: str, login: str) -> list[str]:
     found: list[str] = []
     for row in rows:
         assert row["before"] in (None, row["since"]), f"a moment without a row: {dict(row)}"
-        if row["since"] != row["until"] and row["cause"] not in found[-1:]:
+        if (not row["cause"] or row["since"] != row["until"]) and row["cause"] not in found[-1:]:
             found.append(row["cause"])
     return found
 

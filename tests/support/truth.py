@@ -22,6 +22,8 @@ SHOWN_MAX = 10
 """Differences named in one report."""
 GAPS_SHOWN_MAX = 6
 """Gaps named beside a message that lies in none: those nearest to it."""
+LONG_AGO = datetime.min.replace(tzinfo=UTC)
+
 CLOCK_GRAIN = timedelta(milliseconds=5)
 """A gap is told from one reading of the clock, a message is said at another."""
 
@@ -87,6 +89,8 @@ async def compare(
             coverage = await _coverage(connection, number)
             wrong += _holes(login, coverage, ends=number not in wanted)
             gaps = [row for row in coverage if row.cause and row.since != row.until]
+            if coverage:  # before its first row the account was not ours to listen to
+                gaps.insert(0, Covered(LONG_AGO, coverage[0].since, "not added yet"))
             lost, extra, lateness_s = _missing(login, account, stored, gaps, wrong, acknowledged=acknowledged)
             surplus += extra
             late_s = max(late_s, lateness_s)
@@ -222,7 +226,8 @@ def _unexplained(
 def _holds(gap: Covered, message: Message) -> bool:
     """Whether a message was said during a gap."""
     said_at = datetime.fromtimestamp(message.said_at_s, UTC)
-    return gap.since - CLOCK_GRAIN <= said_at and (gap.until is None or said_at <= gap.until + CLOCK_GRAIN)
+    since = max(gap.since, LONG_AGO + CLOCK_GRAIN) - CLOCK_GRAIN
+    return since <= said_at and (gap.until is None or said_at <= gap.until + CLOCK_GRAIN)
 
 
 def _differences(script: CallTruth, found: Mapping[str, Mapping[str, Any]], snapshots: int) -> list[str]:
