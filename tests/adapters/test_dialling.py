@@ -46,7 +46,7 @@ from tests.support.party import Handler, cut, party, says
 SECRET = "k3y/with+odd&signs and blanks"
 BASIC = base64.b64encode(f"agent5001:{SECRET}".encode()).decode()
 REQUEST_S = 5.0
-SHORT_S = 0.3
+SHORT_S = 0.5
 """How long a party that never answers is waited for."""
 
 
@@ -330,7 +330,8 @@ async def test_no_answer(examinee: Examinee, name: str) -> None:
     """It may have been dialled, and it is not asked for again."""
     handler, words = NO_ANSWER[name]
     async with party(handler) as there:
-        fact, text = without_text(await examinee.dial(there.url, request_s=SHORT_S))
+        wait_s = SHORT_S if handler is never else REQUEST_S
+        fact, text = without_text(await examinee.dial(there.url, request_s=wait_s))
         assert there.posts(examinee.path) == 1
         assert len(there.seen) == 1
     assert fact == unanswered(examinee)

@@ -637,17 +637,17 @@ async def test_a_dial_is_not_sent_late() -> None:
 
     async def answer(request: web.Request) -> web.Response:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.Event().wait(), 0.2)
+            await asyncio.wait_for(asyncio.Event().wait(), 0.6)
         listing = len(requests) > 2 and request.path != "/api/v2/me"
         return devices("7") if listing else gws_answer(DENIED, 200 if request.path == "/api/v2/me" else 403)
 
     async with answering(answer) as (url, requests):
-        fact = await GenesysClient(url, {}, request_s=0.3).dial(GwsDial(number="1"))
+        fact = await GenesysClient(url, {}, request_s=1.0).dial(GwsDial(number="1"))
         assert [request.method for request in requests] == ["GET", "GET"]
     assert fact == NotAnswered(
         sent=False,
         system=System.GWS,
-        text=f"{url}: no device found within 0.3 s; name the one to dial from",
+        text=f"{url}: no device found within 1 s; name the one to dial from",
     )
 
 
@@ -658,11 +658,11 @@ async def test_a_dial_is_not_repeated_late() -> None:
         if request.path == DIAL_PATH:
             return gws_answer(CSRF_REFUSED, 403)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.Event().wait(), 0.2)
+            await asyncio.wait_for(asyncio.Event().wait(), 0.6)
         return gws_answer({"statusCode": 0})
 
     async with answering(answer) as (url, requests):
-        fact = await GenesysClient(url, {}, request_s=0.3, start_session=True).dial(DIAL)
+        fact = await GenesysClient(url, {}, request_s=1.0, start_session=True).dial(DIAL)
         assert [request.path for request in requests] == [DIAL_PATH, "/api/v2/me", "/api/v2/me"]
     assert fact == Refused(Cause(System.GWS, "statusCode", "3", "Missing or invalid Csrf token"))
 
