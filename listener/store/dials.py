@@ -16,7 +16,7 @@ Rows go in as one JSON document, which PostgreSQL takes apart: the statements st
 rows, and so does the number of statements.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -33,21 +33,13 @@ from listener.core.dialling import (
     CallHeard,
     CallRecord,
     Cause,
-    Confidence,
     Deadlines,
     Dial,
-    DialState,
     Elapsed,
-    EndedBy,
-    Evidence,
     Fact,
     HangupRequested,
-    Leg,
-    MatchConfidence,
     NoojeeStatus,
     NotAnswered,
-    Origin,
-    Outcome,
     Refused,
     Reported,
     System,
@@ -319,6 +311,8 @@ _SAME = (
 )  # fmt: skip
 """The columns of `dial` that are fields of `Dial`, by the same name."""
 
+_MOMENTS = [name for name in _SAME if name.endswith("_at")]
+
 
 def _row(kept: _Kept, key: str | None = None) -> dict[str, Any]:
     dial = kept.dial
@@ -345,48 +339,26 @@ def _storable(value: Any) -> Any:
     return str(value).replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
-def _kept(row: asyncpg.Record) -> _Kept:
-    def at(name: str) -> datetime | None:
-        return None if row[name] is None else moment(row[name])
+def dial_of(row: Mapping[str, Any], at: Callable[[Any], datetime]) -> Dial:
+    """The dial of a row of `dial`; `at` reads the moments as the row has them."""
+    values = {name: row[name] for name in _SAME}
+    for name in _MOMENTS:
+        if values[name] is not None:
+            values[name] = at(values[name])
+    values |= {"account": row["account_id"], "call": row["call_id"], "cause": cause_of(row)}
+    return msgspec.convert(values, Dial)
 
-    cause = None
-    if row["cause_system"] is not None:
-        system = System(row["cause_system"])
-        cause = Cause(system, row["cause_field"], row["cause_code"] or "", row["cause_text"] or "")
-    dial = Dial(
-        id=row["id"],
-        account=row["account_id"],
-        system=System(row["system"]),
-        origin=Origin(row["origin"]),
-        number=row["number"],
-        requested_at=moment(row["requested_at"]),
-        state=DialState(row["state"]),
-        reached=DialState(row["reached"]),
-        device=row["device"],
-        reference=row["reference"],
-        caller_id=row["caller_id"],
-        campaign=row["campaign"],
-        session=row["session"],
-        accepted_at=at("accepted_at"),
-        ringing_at=at("ringing_at"),
-        connected_at=at("connected_at"),
-        hangup_at=at("hangup_at"),
-        ended_at=at("ended_at"),
-        deadline_at=at("deadline_at"),
-        outcome=None if row["outcome"] is None else Outcome(row["outcome"]),
-        leg=None if row["leg"] is None else Leg(row["leg"]),
-        ended_by=None if row["ended_by"] is None else EndedBy(row["ended_by"]),
-        cause=cause,
-        cause_leg=None if row["cause_leg"] is None else Leg(row["cause_leg"]),
-        confidence=None if row["confidence"] is None else Confidence(row["confidence"]),
-        expired=row["expired"],
-        corrected=row["corrected"],
-        call=row["call_id"],
-        matched_by=tuple(Evidence(each) for each in row["matched_by"]),
-        match_confidence=None
-        if row["match_confidence"] is None
-        else MatchConfidence(row["match_confidence"]),
-    )
+
+def cause_of(row: Mapping[str, Any]) -> Cause | None:
+    """The raw cause of a row of `dial` or of `dial_fact`."""
+    if row["cause_system"] is None:
+        return None
+    code, text = row["cause_code"] or "", row["cause_text"] or ""
+    return Cause(System(row["cause_system"]), row["cause_field"], code, text)
+
+
+def _kept(row: asyncpg.Record) -> _Kept:
+    dial = dial_of(dict(row), moment)
     return _Kept(dial, tuple(row["candidates"]), row["facts"], row["heard_id"], row["merged_into"])
 
 

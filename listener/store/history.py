@@ -349,7 +349,7 @@ class History:
         Genesys' word; `live` chooses the calls that go on, or those that do not. `after` continues a page.
         Raises StoreError when `after` is none of ours, or the question takes too long.
         """
-        chosen = _chosen(accounts, tenant)
+        chosen = chosen_accounts(accounts, tenant)
         conditions: list[ColumnElement[bool]] = [chosen]
         if since is not None:
             conditions.append(call.c.opened_at >= since)
@@ -366,22 +366,22 @@ class History:
         if number is not None:
             conditions.append(_with_number(lambda column: column.in_(_spellings(number)), since))
         if number_ends is not None:
-            pattern = _escaped(number_ends[::-1]) + "%"
+            pattern = escaped(number_ends[::-1]) + "%"
             conditions.append(_with_number(lambda column: column.like(pattern), since))
         if after is not None:
             conditions.append(tuple_(call.c.opened_at, call.c.id) < _place(after))
         limit = min(limit, PAGE_MAX)
-        async with self._reading() as connection:
+        async with self.reading() as connection:
             rows = (
                 await connection.execute(
-                    _FOUND.where(*conditions)
+                    CALLS.where(*conditions)
                     .order_by(call.c.opened_at.desc(), call.c.id.desc())
                     .limit(limit + 1)
                 )
             ).all()
             begin, end = await self._period(connection, chosen, since, until)
             observed = await self._observed(connection, chosen, begin, end)
-        found = tuple(_found(row) for row in rows[:limit])
+        found = tuple(found_call(row) for row in rows[:limit])
         more = f"{microseconds(found[-1].call.opened_at)}-{found[-1].call.id}" if len(rows) > limit else None
         return Page(found, more, observed, begin, end)
 
@@ -396,18 +396,18 @@ class History:
         wanted: Any = union(ids, older)
         if name.isascii() and name.isdecimal() and int(name) < 2**63:
             wanted = union(ids, older, select(literal(int(name))))
-        async with self._reading() as connection:
+        async with self.reading() as connection:
             rows = (
                 await connection.execute(
-                    _FOUND.where(call.c.id.in_(wanted)).order_by(call.c.id.desc()).limit(LEGS_MAX)
+                    CALLS.where(call.c.id.in_(wanted)).order_by(call.c.id.desc()).limit(LEGS_MAX)
                 )
             ).all()
-            return tuple([await self._timeline(connection, _found(row)) for row in rows])
+            return tuple([await self._timeline(connection, found_call(row)) for row in rows])
 
     async def accounts(self) -> tuple[Account, ...]:
         """Every account that there is or ever was, by name."""
         columns = (account.c.name, account.c.tenant, _existed_since(), account.c.removed_at)
-        async with self._reading() as connection:
+        async with self.reading() as connection:
             rows = await connection.execute(select(*columns).order_by(account.c.name))
             return tuple(Account(*row) for row in rows)
 
@@ -428,10 +428,10 @@ class History:
         nothing stays in memory. Raises StoreError when there are more than COVERED_MAX rows in that time, or
         GAPS_MAX gaps in the answer.
         """
-        chosen = _chosen(accounts, tenant)
+        chosen = chosen_accounts(accounts, tenant)
         tally, tenants, shown = _Tally(), dict[str, _Tally](), list[Watched]()
         last: Counter[str] = Counter()
-        async with self._reading() as connection:
+        async with self.reading() as connection:
             now = self._clock()
             first_at = (await connection.execute(select(func.min(_existed_since())).where(chosen))).scalar()
             end = min(until, now) if until is not None else now
@@ -464,13 +464,13 @@ class History:
 
     async def live(self, limit: int = PAGE_MAX) -> tuple[Found, ...]:
         """The calls that go on now, newest first."""
-        async with self._reading() as connection:
+        async with self.reading() as connection:
             rows = await connection.execute(
-                _FOUND.where(_LIVE, account.c.removed_at.is_(None))
+                CALLS.where(_LIVE, account.c.removed_at.is_(None))
                 .order_by(call.c.opened_at.desc(), call.c.id.desc())
                 .limit(min(limit, PAGE_MAX))
             )
-            return tuple(_found(row) for row in rows)
+            return tuple(found_call(row) for row in rows)
 
     async def kept_since(self, since: datetime, *, source: Source = Source.COMETD) -> Mapping[str, Kept]:
         """For each account, how many messages were received from that moment on, and a digest of them: to
@@ -483,7 +483,7 @@ class History:
         )
         counts: Counter[str] = Counter()
         digests: dict[str, Any] = {}
-        async with self._reading() as connection:
+        async with self.reading() as connection:
             async for name, raw in await connection.stream(statement):
                 counts[name] += 1
                 digests.setdefault(name, hashlib.sha256()).update(raw + b"\n")
@@ -492,7 +492,7 @@ class History:
     # ── parts of answers ──────────────────────────────────────────────────────────────────────────────
 
     @asynccontextmanager
-    async def _reading(self) -> AsyncIterator[AsyncConnection]:
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
         """A read-only transaction; what goes wrong in it comes out as one of our errors."""
         try:
             async with self._engine.connect() as connection:
@@ -696,20 +696,23 @@ _FETCH = 2000
 _LIVE = and_(call.c.ended_at.is_(None), call.c.settled.is_(None))
 """As the index `ix_call_open` has it."""
 
-_FOUND: Select[Any] = select(
+CALLS: Select[Any] = select(
     account.c.name,
     account.c.tenant,
     *(call.c[CALL_COLUMN_OF.get(field, field)] for field in Call.__struct_fields__),
 ).join(account, account.c.id == call.c.account_id)
+"""Calls with whose they are, for `found_call`."""
 
 
-def _found(row: Row[*tuple[Any, ...]]) -> Found:
+def found_call(row: Row[*tuple[Any, ...]]) -> Found:
+    """The call of a row of `CALLS`."""
     name, tenant, *values = row
     fields = dict(zip(Call.__struct_fields__, values, strict=True))
     return Found(name, tenant, msgspec.convert(fields, Call))
 
 
-def _chosen(accounts: Iterable[str], tenant: str | Iterable[str] | None) -> ColumnElement[bool]:
+def chosen_accounts(accounts: Iterable[str], tenant: str | Iterable[str] | None) -> ColumnElement[bool]:
+    """The accounts of these names, or all, as far as they are these tenants'."""
     names = list(accounts)
     tenants = [tenant] if isinstance(tenant, str) else list(tenant or ())
     conditions: list[ColumnElement[bool]] = [true()]
@@ -765,7 +768,7 @@ def _spellings(number: str) -> list[str]:
     return [plain[::-1], plain[::-1] + "+"]
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """As LIKE takes it literally."""
     return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
 
