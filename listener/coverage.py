@@ -77,6 +77,10 @@ one before the last answer came: an answer may have been under way for so long."
 CALL_CHANNELS = frozenset({"/v2/me/calls", "/workspace/v3/voice"})
 """Where calls are told, in v2 and v3: what comes on another channel does not show that calls would."""
 
+HELD_S = 5.0
+"""A session without acknowledgements asks for nothing while the store takes nothing. If that lasted so long,
+and the server has forgotten the session meanwhile, then it was lost by the store."""
+
 IN_FLIGHT_S = 1.0
 """How long a message may be under way: what the server said so shortly before we stopped listening is not
 known to have come."""
@@ -309,6 +313,7 @@ class Watch:
         "_ended",
         "_gap",
         "_has_observed",
+        "_held_since",
         "_ledger",
         "_observer",
         "_owed",
@@ -381,6 +386,7 @@ class Watch:
         self._answers = 0
         self._answered_at: datetime | None = None
         self._slow: datetime | None = None
+        self._held_since: datetime | None = None
         self._behind_since: datetime | None = None
         self._sure_at: datetime | None = None
         self._stretch = 0
@@ -404,7 +410,10 @@ class Watch:
                 self._undurable.remove(delivery)
             committed()
 
+        began, at = self._clock(), self._answered_at
         await self._pipeline.hear(heard, durable)
+        if not self._acknowledges and self._clock() - began > HELD_S:
+            self._held_since = at
 
     def keep(self, saved: Saved | None) -> None:
         """What the session can be resumed with from now on; None when it is over.
@@ -426,6 +435,7 @@ class Watch:
             self._behind_since = self._behind_since or slow
         self._answers += 1
         self._answered_at = at
+        self._held_since = None
 
     def _slowest(self) -> datetime | None:
         """When the oldest delivery came whose commit is not known yet, if the session asks meanwhile."""
@@ -567,7 +577,10 @@ class Watch:
             since = self._sure_at  # the answers since then were no evidence
         if self._acknowledges and self._behind_since is not None:
             since = min(since, self._behind_since)
-        self._deaf(_Gap(since, fact.cause, fact.since), fact.detail)
+        cause = fact.cause
+        if self._held_since is not None and cause == "session lost":
+            cause, since = "storage down", min(since, self._held_since)
+        self._deaf(_Gap(since, cause, fact.since), fact.detail)
 
     def _deaf(self, gap: _Gap, detail: str) -> None:
         self._forget_snapshot()

@@ -6,7 +6,7 @@ the test's.
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -34,6 +34,7 @@ from listener.coverage import (
     COVERS_MAX,
     COVERS_WAITING_MAX,
     HEARTBEAT_S,
+    HELD_S,
     LEDGER_RETRY_S,
     LEDGER_RETRY_S_MAX,
     SETTLED_S,
@@ -539,6 +540,38 @@ async def test_what_a_session_is_resumed_with_is_written_with_the_coverage_or_la
         ledger.keep(1, None)
         await ledger.drain()
     assert seen == [(COVERS_MAX, {}), (COVERS_MAX + 1, {1: two}), (COVERS_MAX + 1, {})]
+
+
+async def test_a_session_lost_while_the_store_took_nothing_is_the_stores_fault(stage: Stage) -> None:
+    """Without acknowledgements it does not ask while it is held up; the gap is since it was last answered. A
+    short wait is nobody's fault, nor is an old one that was followed by an answer."""
+
+    class HoldsUp:
+        """A store that takes messages late."""
+
+        async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
+            """Takes them, in a while."""
+            await stage.clock.advance(held_s)
+            await stage.pipeline.hear(heard, committed)
+
+    one = stage.watch()
+    one.watch._pipeline = HoldsUp()
+    held_s = 0.0
+    await one.up(UNACKNOWLEDGED)
+    held_s = 2 * HELD_S
+    await stage.clock.advance(3)
+    one.answered(took=True)
+    await one.hear(1)
+    one.gap("session lost", 10)
+    await stage.settled()
+    assert (await stage.rows())[-1] == Row(3, None, "storage down")
+    one.tell(UNACKNOWLEDGED, Subscribed())
+    await until(lambda: one.watch.state == "up")
+    one.answered(took=True)
+    since_s = stage.clock.passed_s
+    one.gap("session lost", since_s)
+    await stage.settled()
+    assert (await stage.rows())[-1] == Row(since_s, None, "session lost")
 
 
 async def test_a_resumed_session_leaves_a_gap(stage: Stage) -> None:

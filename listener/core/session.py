@@ -245,7 +245,7 @@ class Delivered(Struct, frozen=True):
 
 class Gap(Struct, frozen=True):
     """Since `since` we may have missed something, because of `cause` (one of `calls.GAP_CAUSES`). Another
-    one with the same `since` knows the cause better."""
+    one with the same `since` knows the cause better, or says what else went wrong."""
 
     since: float
     cause: str
@@ -371,6 +371,7 @@ class Session:
         "_first_connect",
         "_fruitful",
         "_gap",
+        "_gap_detail",
         "_gap_since",
         "_goodbye",
         "_handshaken_at",
@@ -458,6 +459,7 @@ class Session:
         self._login_refusals = 0
         self._gap: str | None = "not started"
         self._gap_since = now
+        self._gap_detail = ""
         self._goodbye = False
         self._stopped = False
 
@@ -922,14 +924,17 @@ class Session:
 
         That moment is when the last good answer was asked for: a server may lose the session while it holds
         the connect, and still answer it well. "disconnected" says least, and replaces nothing but "not
-        started".
+        started". What went wrong now is told even so, since it is what a person must mend.
         """
         self.observing = False
         if self._gap is None:
             self._gap_since = self._vouched
         elif cause == self._gap or (cause == "disconnected" and self._gap != "not started"):
-            return
+            if detail == self._gap_detail:
+                return
+            cause = self._gap
         self._gap = cause
+        self._gap_detail = detail
         facts.append(Gap(self._gap_since, cause, detail))
 
     def _lose_session(self, cause: str, detail: str, facts: list[Fact]) -> None:

@@ -1239,13 +1239,20 @@ def test_a_cause_that_is_known_better_keeps_the_beginning() -> None:
 
 
 def test_a_cut_does_not_hide_a_better_cause() -> None:
-    """The cause "disconnected" says least: it replaces nothing but "not started"."""
+    """The cause "disconnected" says least: it replaces nothing but "not started". What went wrong is told under
+    the better one, and once."""
     script = opened()
     script.sends(CONNECT)
     script.refuses("402::session_unknown")
     script.rests()
     script.sends(HANDSHAKE)
+    assert script.fails() == [Gap(T0, "session lost", "cut")]
+    script.rests()
+    script.sends(HANDSHAKE)
     assert script.fails() == []
+    script.rests()
+    script.sends(HANDSHAKE)
+    assert script.fails(detail="another") == [Gap(T0, "session lost", "another")]
 
 
 def test_never_started_is_a_gap_with_its_reason() -> None:
