@@ -238,7 +238,7 @@ def foresee(
             return None
     work = _Work(known)
     work.take(entries, {stream: at for each in known.values() for stream, at in each.streams.items()})
-    first_id = take_ids(len(work.fresh))
+    first_id = None if work.again else take_ids(len(work.fresh))
     if first_id is None:
         return None
     unknown, _ = work.recollect()
@@ -261,6 +261,9 @@ async def write(
         marks = await connection.fetch(rows.POSITIONS, streams, wanted)
         work = _Work({account: kept.of(account, written_by) for account, written_by in held.items()})
         work.take(entries, {row["id"]: row["position"] for row in marks if row["id"] is not None})
+        if work.again:
+            batches = [(stream, *batch) for stream, batch in work.again.items()]
+            await connection.execute(rows.BATCHES_AGAIN, *rows.columns(batches, 3))
         if work.fresh:
             await work.load(connection)
             work.fold(first_id=marks[0]["first"])
@@ -344,6 +347,8 @@ class _Work:
         """The entries that are new."""
         self.streams: dict[str, tuple[Heard, Heard]] = {}
         """The streams that move, each with its first and last new message."""
+        self.again: dict[str, tuple[int, int]] = {}
+        """The last batch that came again of each stream: the server may have cut it otherwise this time."""
         self.steps: list[Step] = []
         self._ids: list[int] = []
         self._origins: list[int] = []
@@ -378,6 +383,8 @@ class _Work:
                 moved = self.streams.get(stream)
                 self.streams[stream] = (heard if moved is None else moved[0], heard)
                 self.fresh.append(entry)
+            elif heard.batch is not None:
+                self.again[stream] = heard.batch
 
     def recollect(self) -> tuple[dict[tuple[str, int], None], set[int]]:
         """Take up the calls that are known. Gives the ids of which nothing is, each with its account, and the

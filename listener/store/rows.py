@@ -146,6 +146,13 @@ POSITIONS = """
     FROM mine LEFT JOIN stream s ON s.id = ANY($1::uuid[])"""
 """How far each stream is committed; with it, the first of $2 ids and the transaction's own id."""
 
+BATCHES_AGAIN = """
+    UPDATE stream s SET batch = n.batch, batch_position = n.batch_position
+    FROM unnest($1::uuid[], $2::bigint[], $3::bigint[]) AS n (id, batch, batch_position)
+    WHERE s.id = n.id AND (s.batch_position < n.batch_position OR s.position <= n.batch_position)"""
+"""Batches that came again will be acknowledged by the number that they have now, so it is kept before: unless
+what is kept reaches further, or is unknown because of messages beyond."""
+
 NAMED = """
     SELECT a.alias, a.account_id, a.call_id FROM unnest($1::text[], $2::integer[]) AS n (alias, account_id)
     JOIN call_alias a ON a.alias = n.alias AND a.account_id = n.account_id

@@ -11,6 +11,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from msgspec import structs
 
 from listener.core.calls import Aside, Call, Entry, Outcome, Recorded, Unrecognised
 from listener.errors import SchemaOutdated, StoreError, StoreUnavailable
@@ -557,6 +558,34 @@ async def test_a_rolled_back_batch_is_not_remembered(journal: Journal, sql: asyn
 
     assert recorded.steps[0].call.notifications == 2
     assert [change.before for change in recorded.steps[0].changes if change.field == "state"] == ["Ringing"]
+
+
+async def test_a_batch_that_comes_again_is_known_by_its_new_number(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """The server may cut the same messages otherwise, and will be told that number: it is kept, but never one
+    that reaches less far than what is kept, nor where messages beyond it have no number."""
+    line = Line()
+    heard = line.call("Ringing", "Established", "Held", "Established")
+
+    def numbered(place: int, batch: tuple[int, int] | None) -> Entry:
+        return Entry(structs.replace(heard[place].heard, batch=batch), heard[place].decoded)
+
+    async def kept() -> tuple[int | None, ...]:
+        return tuple(await sql.fetchrow("SELECT position, batch, batch_position FROM stream") or ())
+
+    await journal.record([numbered(0, (1, 1)), numbered(1, (1, 1)), numbered(2, (1, 1))])
+    assert await kept() == (3, 1, 1)
+    await journal.record([numbered(1, (2, 2))])
+    assert await kept() == (3, 2, 2)
+    await journal.record([numbered(0, (1, 1))])
+    assert await kept() == (3, 2, 2)
+    await journal.record([numbered(3, None)])
+    assert await kept() == (4, None, None)
+    await journal.record([numbered(1, (2, 2)), numbered(2, (3, 3))])
+    assert await kept() == (4, None, None)
+    await journal.record([numbered(3, (3, 4))])
+    assert await kept() == (4, 3, 4)
 
 
 async def test_what_is_known_is_written_in_one_round_trip(database: str, sql: asyncpg.Connection) -> None:
