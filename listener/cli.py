@@ -19,12 +19,13 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from listener import __version__
+from listener.core.moments import SO_LONG, moment
 from listener.errors import ListenerError, RemoteError, SettingsError, StoreError
 
 if TYPE_CHECKING:
@@ -81,27 +82,6 @@ exit codes:
 
 # ── Times ─────────────────────────────────────────────────────────────────────────────────────────────
 
-_SO_LONG = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-
-
-def moment(text: str, now: datetime) -> datetime:
-    """Read a time: "90m" (so long ago; s, m, h, d, w), "now", or ISO 8601, local unless it says.
-
-    Raises ValueError with the cure.
-    """
-    if text == "now":
-        return now
-    if ago := _SO_LONG.fullmatch(text):
-        try:
-            return now - timedelta(**{_UNITS[ago[2]]: float(ago[1])})
-        except OverflowError:
-            raise ValueError(f"{text!r} is too long ago") from None
-    try:
-        return datetime.fromisoformat(text).astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{text!r} is no time; write 90m, 1h, 2d or 2026-03-02T14:00") from None
-
 
 def _moment(text: str) -> datetime:
     now = datetime.now(UTC)  # noqa: TID251 - "an hour ago" is from when it was typed
@@ -112,7 +92,7 @@ def _moment(text: str) -> datetime:
 
 
 def _last(text: str) -> datetime:
-    if not _SO_LONG.fullmatch(text):
+    if not SO_LONG.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no length of time; write 90m, 24h, 7d or 2w")
     return _moment(text)
 

@@ -2,11 +2,12 @@
 
 It decides only who is given to whom, what is reloaded, and the order of starting and stopping. Start: the
 store (the bundled PostgreSQL if no other is configured), the journal, coverage ("nothing is observed yet"),
-the operations pages, then a line for each account, which goes on with the session of the run before where
-there is one. Stop, on SIGTERM or SIGINT, within `limits.stop_s`: coverage says "stopped", the sessions are
-left with their servers for the next start (or ended, with `goodbye`), what was heard is committed, then the
-store; a second signal does not wait. SIGHUP reads the settings again: accounts that are new begin, those that
-are gone end, those that changed begin anew, and all others notice nothing.
+the operations pages, what places and hears dials, then a line for each account, which goes on with the
+session of the run before where there is one. Stop, on SIGTERM or SIGINT, within `limits.stop_s`: nothing is
+dialled any more, coverage says "stopped", the sessions are left with their servers for the next start (or
+ended, with `goodbye`), what was heard is committed and told to the dials, then the store; a second signal
+does not wait. SIGHUP reads the settings again: accounts that are new begin, those that are gone end, those
+that changed begin anew, and all others notice nothing.
 
 One account's failure never reaches another: each runs in a task that catches whatever breaks it, says so,
 in the coverage too, and begins again from nothing after a pause.
@@ -35,6 +36,7 @@ from listener.closing import Closer
 from listener.core.calls import Recorded
 from listener.core.session import Saved
 from listener.coverage import REFUSED, SNAPSHOTS_AT_ONCE_MAX, UP, Ledger, Watch
+from listener.dialroom import DialRoom
 from listener.errors import ListenerError, SettingsError, StoreError, StoreUnavailable
 from listener.metrics import Metrics
 from listener.operations import Operations
@@ -46,6 +48,7 @@ from listener.store.claim import Claim
 from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
 from listener.store.spool import Spool
+from listener.switchboard import GwsWay
 
 BROKEN_S = 60.0
 """How long an account rests after something broke in its task that should not."""
@@ -57,8 +60,9 @@ STORE_RETRY_S_MAX = 30.0
 UNFINISHED_RETRY_S = 2.0
 """When a reload waits for the database: how long until it is tried again, and how long one try may last."""
 
-CONNECTIONS = WRITERS + 1
-"""To the database: one for each writer of the pipeline, and one for coverage and what probes read."""
+CONNECTIONS = WRITERS + 3
+"""To the database: one for each writer of the pipeline, one for coverage and what probes read, one for dials
+that are placed, and one for what is heard of them."""
 
 CLOSE_S = 2.0
 """How long the database may take to say goodbye; one that hangs never does."""
@@ -119,6 +123,7 @@ class _Eyes:
         self._spool_shown = -SPOOL_SHOWN_S
         self._log = structlog.get_logger()
         self._failing = False
+        self.room: DialRoom | None = None
         self.handshake = metrics.handshake
         self.reconnect = metrics.reconnect
         self.gap = metrics.gap
@@ -133,10 +138,14 @@ class _Eyes:
             self._failing = False
             self._log.info("the store answers again")
         self._metrics.recorded(recorded, seconds, self._wall())
+        if self.room is not None:
+            self.room.watch.recorded(recorded)
 
     def store_failed(self, error: StoreUnavailable) -> None:
         """A batch was not committed, and waits."""
         self._metrics.commit_failed()
+        if self.room is not None:
+            self.room.watch.store_failed()
         if not self._failing:
             self._failing = True
             self._log.error("the store does not answer; nothing is acknowledged meanwhile", error=str(error))
@@ -213,6 +222,7 @@ class Daemon:
         self._eyes = _Eyes(self._metrics, wall, clock)
         self._pipeline: Pipeline | None = None
         self._ledger: Ledger | None = None
+        self._room: DialRoom | None = None
         self._retiring: dict[int, datetime] = {}
 
     def stop(self) -> None:
@@ -253,7 +263,7 @@ class Daemon:
                     stack.push_async_callback(_close, journal)
                     spool = await asyncio.to_thread(self._open_spool)
                     stack.callback(spool.close)
-                    await self._listen(journal, spool, operations.port)
+                    await self._listen(journal, spool, dsn, operations.port)
                 holding.cancel()
 
     def _open_spool(self) -> Spool:
@@ -314,8 +324,12 @@ class Daemon:
                 await claim.release()
             claim = await self._insist(lambda: Claim.take(dsn))
 
-    async def _listen(self, journal: Journal, spool: Spool, port: int) -> None:
+    async def _listen(self, journal: Journal, spool: Spool, dsn: str, port: int) -> None:
         limits = self.settings.limits
+        room = await self._until_there(lambda: self._open_room(journal, dsn))
+        if room is None:
+            return
+        self._room = self._eyes.room = room
         pipeline = self._pipeline = Pipeline(
             journal,
             self._eyes,
@@ -330,26 +344,33 @@ class Daemon:
             covering = tasks.create_task(ledger.run(), name="ledger")
             upkeep = tasks.create_task(self._upkeep(journal), name="upkeep")
             probing = tasks.create_task(self._probe(journal), name="probe")
+            dialling = tasks.create_task(room.watch.run(), name="dials")
             works = _Works(journal, pipeline, ledger, tasks)
             # Sessions go on from what is committed: what the spool has of them must be, before they do.
             if pipeline.spooled_notifications:
                 self._starting = "what an earlier run left in the spool is stored first"
             await self._until_stopped(pipeline.drain())
-            await self._until_there(lambda: self._follow_first(works))
-            closing = tasks.create_task(self._closer(journal, pipeline).run(), name="closer")
-            if not self._stopping.is_set():
-                self._starting = ""
-                calm_collector()
-                self._log.info("listening", accounts=len(self._accounts), port=port, version=__version__)
-                if self._ready is not None:
-                    self._ready(port)
-            while not self._stopping.is_set():
-                await self._until_stopped(self._follow_changes(works))
+            async with room.working(pipeline, ledger, tasks):
+                await self._until_there(lambda: self._follow_first(works))
+                closing = tasks.create_task(self._closer(journal, pipeline).run(), name="closer")
+                if not self._stopping.is_set():
+                    self._starting = ""
+                    calm_collector()
+                    self._log.info("listening", accounts=len(self._accounts), port=port, version=__version__)
+                    if self._ready is not None:
+                        self._ready(port)
+                while not self._stopping.is_set():
+                    await self._until_stopped(self._follow_changes(works))
             closing.cancel()
-            await self._farewell(works)
-            for task in (writing, covering, upkeep, probing):
+            await self._farewell(works, room)
+            for task in (writing, covering, upkeep, probing, dialling):
                 task.cancel()
         self._log.info("stopped")
+
+    async def _open_room(self, journal: Journal, dsn: str) -> DialRoom:
+        return await DialRoom.open(
+            self.settings, journal, dsn, metrics=self._metrics, wall=self._wall, clock=self._clock
+        )
 
     async def _until_stopped(self, work: Coroutine[None, None, None]) -> None:
         """Awaits it, or gives it up when told to stop: it may wait for a database that hangs."""
@@ -365,7 +386,7 @@ class Daemon:
         finally:
             self._patience = None
 
-    async def _farewell(self, works: _Works) -> None:
+    async def _farewell(self, works: _Works, room: DialRoom) -> None:
         """Ends every account and stores what was heard, within `limits.stop_s`."""
         stop_s = self.settings.limits.stop_s
         deadline = asyncio.get_running_loop().time() + stop_s
@@ -376,6 +397,7 @@ class Daemon:
         try:
             async with asyncio.timeout_at(deadline):
                 await works.pipeline.drain()
+                await room.watch.drain()
                 await works.ledger.drain()
                 await self._retire(works)
         except (TimeoutError, StoreUnavailable):
@@ -425,7 +447,7 @@ class Daemon:
         except Exception:  # noqa: BLE001 - whatever was wrong with the settings, those that run are right
             self._log.exception("not reloaded; everything goes on as it was")
             return
-        for section in ("store", "operations", "limits", "log"):
+        for section in ("store", "noojee", "click2dial", "api", "operations", "limits", "log"):
             if getattr(settings, section) != getattr(self.settings, section):
                 self._log.warning("takes effect at the next start", section=section)
         self.settings = settings
@@ -439,7 +461,7 @@ class Daemon:
 
     async def _follow(self, settings: Settings, works: _Works) -> None:
         """Makes the running accounts those of `settings`. Whatever it raises, nothing was changed."""
-        if not settings.accounts:
+        if not settings.accounts and not self.settings.pbx_accounts():
             raise SettingsError("there are no accounts: add some, or stop the daemon if that is meant")
         wanted = {account.name: account for account in settings.accounts}
         gone = [
@@ -540,6 +562,10 @@ class Daemon:
             watch.carried_by(partial(_give_up, made))
             return made
 
+        if self._room is not None:
+            self._room.gws[account.name] = GwsWay(
+                number, account.name, account.environment, settings.may_dial(account), genesys.dial
+            )
         task = works.tasks.create_task(self._keep(watch, line), name=f"account {account.name}")
         self._accounts[account.name] = _Running(account, environment, watch, task)
 
@@ -572,6 +598,8 @@ class Daemon:
                 line.goodbye = goodbye
             each.task.cancel()
             del self._accounts[each.settings.name]
+            if self._room is not None:
+                self._room.gws.pop(each.settings.name, None)
         await asyncio.gather(*(each.task for each in running), return_exceptions=True)
 
     def _context(self, environment: Environment) -> ssl.SSLContext | None:
@@ -637,6 +665,8 @@ class Daemon:
             reasons.append("the database does not answer")
         if self._pipeline is not None and self._pipeline.spool_trouble:
             reasons.append(self._pipeline.spool_trouble)
+        if self._room is not None:
+            reasons += self._room.not_ready()
         troubled = [running for running in self._accounts.values() if running.watch.state != UP]
         reasons.extend(
             f"{running.settings.name}: {running.watch.trouble or 'not subscribed yet'}"

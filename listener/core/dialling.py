@@ -1130,7 +1130,8 @@ def sighting(call: Call, system: System = System.GWS, window_s: float = CALL_WIN
         account=call.account,
         number=call.number or call.dnis,
         also=tuple(dict.fromkeys(other for other in others if other and other != call.number)),
-        device=call.device_id,
+        # A PBX names no device: its extension is one.
+        device=call.device_id if system is System.GWS else call.phone_number,
         reference=reference if isinstance(reference, str) else None,
         window_s=window_s,
     )

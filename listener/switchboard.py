@@ -1,0 +1,536 @@
+"""Places dials: by whom, whether that is allowed, written down first, sent once, and its answer told.
+
+Whoever wants a dial gives its parameters as JSON, by the names that its vendor gives them. This module finds
+the account by which it goes, refuses what the settings do not allow, holds the parameters to their rules
+(`listener.core.requests`), has the dial written down, and only then lets the adapter ask for the call: once,
+in a task of its own, so that a caller who hangs up changes nothing. What the adapter heard becomes a fact of
+the dial. A crash between the two leaves a dial that ends as unknown, and never a call that nobody asked for;
+nothing here ever sends a dial again.
+
+Hang-up, answer and recordings change a call that there is. They are sent at once and their answer is given
+back; only a hang-up of a dial is a fact of the dial, noted before it is sent.
+
+It refuses to know HTTP, SQL and settings: ways out are handed in as plain values.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Protocol, TypeVar, assert_never
+
+import msgspec
+import structlog
+from msgspec import Struct, structs
+
+from listener.core.calls import JsonObject
+from listener.core.dialling import (
+    DEADLINES,
+    Accepted,
+    Deadlines,
+    Dial,
+    Fact,
+    HangupRequested,
+    NotAnswered,
+    Refused,
+    System,
+    extension,
+    placed,
+)
+from listener.core.requests import (
+    Acknowledgement,
+    Click2DialCall,
+    GwsDial,
+    GwsPreviewDial,
+    NoojeeAnswer,
+    NoojeeDial,
+    NoojeeHangup,
+    NoojeeStartRecording,
+    NoojeeStopRecording,
+    preview_dial,
+)
+from listener.errors import InvalidRequest, KeyReused, NotAllowed, NotKnown, RemoteError, StoreError, TooMany
+
+SENDING_MAX = 200
+"""Dials that are being asked for at the same time; a further one is refused before it is written down."""
+
+KEY_CHARS_MAX = 200
+"""An idempotency key is no longer."""
+
+NAMES_SHOWN_MAX = 10
+"""So many names are proposed where a wrong one was given."""
+
+TELL_S = 10.0
+"""How long a caller waits for the store to note that he asked for a hang-up."""
+
+PREVIEW = "preview"
+"""How a GWS dial of an outbound record is called, beside the names of `System`."""
+
+SYSTEMS = (System.GWS.value, PREVIEW, System.NOOJEE.value, System.CLICK2DIAL.value)
+
+
+class Watch(Protocol):
+    """Who writes dials down and follows them: `listener.dialwatch.DialWatch`."""
+
+    async def place(
+        self, dial: Dial, key: str | None = None, request: JsonObject | None = None
+    ) -> tuple[Dial, bool]:
+        """Writes a dial down; with False the dial that has this key already. Raises `StoreError`."""
+
+    async def tell(self, dial: str, fact: Fact, at: datetime) -> Dial | None:
+        """Notes what was learnt of a dial; waits for a store that is away."""
+
+
+class GwsWay(Struct, frozen=True):
+    """A way out: an account at a GWS."""
+
+    account: int
+    name: str
+    environment: str
+    dials: bool
+    """The settings allow it."""
+    dial: Callable[[GwsDial | GwsPreviewDial], Awaitable[Acknowledgement]]
+
+
+class NoojeeCalls(Protocol):
+    """`listener.adapters.noojee.Noojee`. None of it raises."""
+
+    async def dial(self, request: NoojeeDial) -> Acknowledgement:
+        """Asks for a call."""
+
+    async def hangup(self, request: NoojeeHangup) -> Acknowledgement:
+        """Asks for a call to be hung up."""
+
+    async def answer(self, request: NoojeeAnswer) -> Acknowledgement:
+        """Asks a handset to answer."""
+
+    async def start_recording(self, request: NoojeeStartRecording) -> Acknowledgement:
+        """Asks for a recording."""
+
+    async def stop_recording(self, request: NoojeeStopRecording) -> Acknowledgement:
+        """Asks for its end."""
+
+
+class NoojeeWay(Struct, frozen=True):
+    """A way out: a Noojee, with the account of each extension."""
+
+    name: str
+    dials: bool
+    accounts: Mapping[str, int]
+    """By extension, without technology."""
+    monitored: bool
+    """Its events are listened to: dials ask for them."""
+    calls: NoojeeCalls
+
+
+class Click2DialWay(Struct, frozen=True):
+    """A way out: a Click2Dial, with the account of each extension."""
+
+    name: str
+    dials: bool
+    accounts: Mapping[str, int]
+    before_v3: bool
+    dial: Callable[[Click2DialCall], Awaitable[Acknowledgement]]
+
+
+class Placed(Struct, frozen=True):
+    """A dial that was asked for."""
+
+    dial: Dial
+    is_new: bool
+    """False: its key was used before, and nothing is sent."""
+    warnings: tuple[str, ...] = ()
+    """What is allowed and often goes wrong."""
+
+
+class _Ready(Struct, frozen=True):
+    """A request that was checked, and how it goes out."""
+
+    system: System
+    account: int
+    number: str
+    request: GwsDial | GwsPreviewDial | NoojeeDial | Click2DialCall
+    send: Callable[[], Awaitable[Acknowledgement]]
+    device: str | None = None
+    reference: str | None = None
+    caller_id: str | None = None
+
+
+class _Asked(Struct, frozen=True):
+    """What every request may have beside the parameters of its system."""
+
+    system: str
+    account: str | None = None
+    environment: str | None = None
+    campaign: str | None = None
+
+
+_S = TypeVar("_S", bound=Struct)
+_W = TypeVar("_W", NoojeeWay, Click2DialWay)
+
+_OURS = frozenset(_Asked.__struct_fields__)
+
+
+def _new_id() -> str:
+    return f"d-{secrets.token_hex(8)}"
+
+
+class Switchboard:
+    """Places dials. `run` it in a task: it holds those that are being sent.
+
+    The ways may be changed while it runs: `gws` by the account's name, the others by the PBX's. `call_ids`
+    gives the ids by which the outside system knows a call; `requested` what was asked for when a dial was
+    placed.
+    """
+
+    def __init__(
+        self,
+        watch: Watch,
+        *,
+        call_ids: Callable[[int], Awaitable[tuple[str, ...]]],
+        requested: Callable[[str], Awaitable[JsonObject | None]],
+        deadlines: Deadlines = DEADLINES,
+        wall: Callable[[], datetime] = lambda: datetime.now(UTC),  # noqa: TID251 - a shell's default
+        new_id: Callable[[], str] = _new_id,
+        sending_max: int = SENDING_MAX,
+    ) -> None:
+        self.gws: dict[str, GwsWay] = {}
+        self.noojee: dict[str, NoojeeWay] = {}
+        self.click2dial: dict[str, Click2DialWay] = {}
+        self._watch = watch
+        self._call_ids = call_ids
+        self._requested = requested
+        self._deadlines = deadlines
+        self._wall = wall
+        self._new_id = new_id
+        self._sending_max = sending_max
+        self._sending = 0
+        self._tasks: asyncio.TaskGroup | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._log = structlog.get_logger()
+
+    async def run(self) -> None:
+        """Holds the dials that are being sent, until cancelled; those end with it."""
+        async with asyncio.TaskGroup() as self._tasks:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self._tasks = None
+
+    async def drain(self) -> None:
+        """Returns when no dial is being sent; bound it with a timeout."""
+        await self._idle.wait()
+
+    async def place(self, fields: JsonObject, key: str | None = None) -> Placed:
+        """Place a dial. `fields` are `system` (one of `SYSTEMS`), the `account` or `environment` by which it
+        goes, a `campaign` to group it by, and the request's own parameters by their vendor's names.
+
+        It is written down when this returns, and being asked for. Raises `InvalidRequest`, `NotKnown`,
+        `NotAllowed`, `KeyReused`, `TooMany` or `StoreError`; in each of these cases nothing is sent.
+        """
+        if key is not None and not (0 < len(key) <= KEY_CHARS_MAX and key.isascii() and key.isprintable()):
+            raise InvalidRequest(
+                "Idempotency-Key",
+                "is empty, too long, or has characters that no header should have",
+                f"write up to {KEY_CHARS_MAX} printable ASCII characters",
+            )
+        asked = _converted({name: value for name, value in fields.items() if name in _OURS}, _Asked)
+        own = {name: value for name, value in fields.items() if name not in _OURS}
+        id = self._new_id()
+        ready = self._ready(asked, own, id)
+        if self._tasks is None or self._sending >= self._sending_max:
+            raise TooMany(f"{self._sending} dials are being sent, or we are stopping; ask again in a moment")
+        dial = placed(
+            id,
+            ready.account,
+            ready.system,
+            ready.number,
+            self._wall(),
+            device=ready.device,
+            reference=ready.reference,
+            caller_id=ready.caller_id,
+            campaign=asked.campaign,
+            deadlines=self._deadlines,
+        )
+        request: JsonObject = {"system": asked.system, "campaign": asked.campaign, **own}
+        # Counted before the first wait, so that the bound holds for callers at the same time.
+        self._sending += 1
+        self._idle.clear()
+        is_new = False
+        try:
+            kept, is_new = await self._watch.place(dial, key, request)
+            if is_new and self._tasks is not None:
+                self._tasks.create_task(self._send(ready, kept), name=f"dial {id}")
+        finally:
+            if not is_new:
+                self._done()
+        if not is_new and await self._requested(kept.id) != request:
+            raise KeyReused(
+                f"the Idempotency-Key was used for another request, the dial {kept.id}; "
+                "give each request a key of its own"
+            )
+        warnings = ready.request.warnings if isinstance(ready.request, Click2DialCall) else ()
+        return Placed(kept, is_new, warnings)
+
+    async def _send(self, ready: _Ready, dial: Dial) -> None:
+        """Asks for the call, once, and tells the dial what came of that."""
+        fact: Acknowledgement
+        try:
+            fact = await ready.send()
+        except Exception as error:  # noqa: BLE001 - it may have been sent, and must not be sent again
+            self._log.exception("a dial broke", dial=dial.id)
+            fact = NotAnswered(
+                sent=True, system=ready.system, text=f"a defect of ours: {type(error).__name__}"
+            )
+        finally:
+            self._done()
+        self._log.info("dial", dial=dial.id, system=str(ready.system), said=type(fact).__name__.lower())
+        with suppress(StoreError):  # its deadline ends it
+            await self._watch.tell(dial.id, fact, self._wall())
+
+    def _done(self) -> None:
+        self._sending -= 1
+        if self._sending == 0:
+            self._idle.set()
+
+    # ── Which way ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _ready(self, asked: _Asked, own: JsonObject, id: str) -> _Ready:
+        match asked.system:
+            case System.GWS.value:
+                return self._by_gws(asked, own, id)
+            case "preview":
+                return self._by_preview(asked, own)
+            case System.NOOJEE.value:
+                return self._by_noojee(asked, own)
+            case System.CLICK2DIAL.value:
+                return self._by_click2dial(asked, own, id)
+            case _:
+                raise InvalidRequest(
+                    "system", f"{asked.system!r:.40} is none of ours", f"write {', '.join(SYSTEMS)}"
+                )
+
+    def _gws_way(self, asked: _Asked) -> GwsWay:
+        if asked.account is not None:
+            way = self.gws.get(asked.account)
+            if way is None:
+                raise NotKnown(f"there is no account {asked.account!r:.60}; {_known(self.gws)}")
+        else:
+            there = [way for way in self.gws.values() if asked.environment in (None, way.environment)]
+            ways = [way for way in there if way.dials]
+            if len(ways) != 1:
+                raise InvalidRequest(
+                    "account",
+                    "does not say by whom to dial",
+                    f"name it; {_known([way.name for way in ways])}",
+                )
+            (way,) = ways
+        if not way.dials:
+            raise NotAllowed(
+                f"the settings do not let this listener dial by {way.name}; set dials = true, then SIGHUP"
+            )
+        return way
+
+    def _by_gws(self, asked: _Asked, own: JsonObject, id: str) -> _Ready:
+        way = self._gws_way(asked)
+        request = _converted(own, GwsDial)
+        if request.reference is None:
+            request = structs.replace(request, reference=id)
+        return _Ready(
+            System.GWS,
+            way.account,
+            request.number,
+            request,
+            lambda: way.dial(request),
+            device=request.device,
+            reference=request.reference,
+        )
+
+    def _by_preview(self, asked: _Asked, own: JsonObject) -> _Ready:
+        way = self._gws_way(asked)
+        message = own.pop("message", None)
+        if message is not None:
+            device = own.pop("devicePath", None)
+            if own or not isinstance(device, str | None):
+                raise InvalidRequest(
+                    "message", "is the whole request", "give devicePath beside it, or nothing"
+                )
+            own["outboundRecord"] = preview_dial(msgspec.json.encode(message)).outbound_record
+            if device is not None:
+                own["devicePath"] = device
+        request = _converted(own, GwsPreviewDial)
+        caller_id = request.outbound_record.get("outboundCallerId")
+        return _Ready(
+            System.GWS,
+            way.account,
+            request.number,
+            request,
+            lambda: way.dial(request),
+            device=request.device_path and request.device_path.rpartition("/")[2],
+            caller_id=caller_id if isinstance(caller_id, str) and caller_id else None,
+        )
+
+    def _noojee_way(self, environment: str | None) -> NoojeeWay:
+        return _only(self.noojee, environment, "noojee")
+
+    def _by_noojee(self, asked: _Asked, own: JsonObject) -> _Ready:
+        way = _allowed(self._noojee_way(asked.environment), "noojee")
+        request = _converted({"monitored": way.monitored, **own}, NoojeeDial)
+        account = _account(way.accounts, way.name, "extenOrUniqueId", request.exten_or_unique_id)
+        return _Ready(
+            System.NOOJEE,
+            account,
+            request.number,
+            request,
+            lambda: way.calls.dial(request),
+            device=request.exten_or_unique_id,
+            caller_id=request.caller_id or None,
+        )
+
+    def _by_click2dial(self, asked: _Asked, own: JsonObject, id: str) -> _Ready:
+        way = _allowed(_only(self.click2dial, asked.environment, "click2dial"), "click2dial")
+        # Its name depends on the version, which the settings know.
+        for name in ("contact_ref", "call_ref"):
+            if name in own:
+                own = {"reference": own[name], **{key: own[key] for key in own if key != name}}
+        request = _converted({"reference": id, **own, "before_v3": way.before_v3}, Click2DialCall)
+        account = _account(way.accounts, way.name, "agent", request.agent)
+        shown = request.outbound_id
+        return _Ready(
+            System.CLICK2DIAL,
+            account,
+            request.callee,
+            request,
+            lambda: way.dial(request),
+            device=request.agent,
+            reference=request.reference,
+            caller_id=shown if shown.isdecimal() else None,
+        )
+
+    # ── Calls that there are ──────────────────────────────────────────────────────────────────────────
+
+    async def hang_up(self, dial: Dial) -> Dial:
+        """Ask for a dial to be hung up, and give it as it is then.
+
+        Only Noojee can, by the id of its call, since by extension it may be another call. Raises `NotAllowed`
+        where that cannot be done, and what `answered` raises.
+        """
+        if dial.outcome is not None:
+            return dial
+        if dial.system is not System.NOOJEE:
+            raise NotAllowed(f"{dial.system} has no request that hangs up; hang up at the telephone")
+        way = next((way for way in self.noojee.values() if dial.account in way.accounts.values()), None)
+        if way is None:
+            raise NotKnown(f"no [noojee] of the settings has the account of the dial {dial.id}; add it")
+        ids = () if dial.call is None else await self._call_ids(dial.call)
+        if not ids:
+            raise NotAllowed(
+                f"which call the dial {dial.id} is was not heard yet, and by extension another call might be "
+                "hung up; ask again in a moment"
+            )
+        request = NoojeeHangup(exten_or_unique_id=ids[0])
+        kept = await self._tell(dial.id, HangupRequested())
+        self._log.info("hang-up", dial=dial.id)
+        answered(await _allowed(way, "noojee").calls.hangup(request))
+        return kept or dial
+
+    async def _tell(self, dial: str, fact: Fact) -> Dial | None:
+        try:
+            async with asyncio.timeout(TELL_S):
+                return await self._watch.tell(dial, fact, self._wall())
+        except TimeoutError:
+            raise StoreError("the database does not answer, so nothing was sent; ask again later") from None
+
+    async def control(self, action: str, fields: JsonObject) -> None:
+        """Have Noojee do something with a call: `hangup`, `answer`, `start` or `stop` (recording).
+
+        `fields` are the `environment` and the request's own parameters. Raises as `place`, and as `answered`.
+        """
+        asked = _converted({"system": "noojee", **{n: v for n, v in fields.items() if n in _OURS}}, _Asked)
+        own = {name: value for name, value in fields.items() if name not in _OURS}
+        if asked.system != System.NOOJEE:
+            raise NotAllowed(f"{asked.system} has no request for that; Noojee has")
+        way = _allowed(self._noojee_way(asked.environment), "noojee")
+        said: Acknowledgement
+        match action:
+            case "hangup":
+                said = await way.calls.hangup(_converted(own, NoojeeHangup))
+            case "answer":
+                said = await way.calls.answer(_converted(own, NoojeeAnswer))
+            case "start":
+                said = await way.calls.start_recording(_converted(own, NoojeeStartRecording))
+            case "stop":
+                said = await way.calls.stop_recording(_converted(own, NoojeeStopRecording))
+            case _:
+                raise InvalidRequest("action", f"{action!r:.40} is none", "write start or stop")
+        self._log.info("asked a pbx", action=action, environment=way.name)
+        answered(said)
+
+
+def answered(said: Acknowledgement) -> None:
+    """Returns where a system said yes, and raises `RemoteError` with what it said instead."""
+    match said:
+        case Accepted():
+            return
+        case Refused():
+            raise RemoteError(f"{said.cause.system} refused: {said.cause} {said.cause.text}".rstrip())
+        case NotAnswered():
+            sent = "it may have been done" if said.sent else "nothing was sent"
+            raise RemoteError(f"{said.system} did not answer, {sent}: {said.text}".rstrip(": "))
+        case _:
+            assert_never(said)
+
+
+def _converted(fields: JsonObject, kind: type[_S]) -> _S:
+    """The fields as a request; what is of the wrong type, lacking or too much is said by its name."""
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        what, _, where = text.partition(" - at `$")
+        name = where.strip("`.") or text.partition("`")[2].partition("`")[0] or "request"
+        if "unknown field" in text:
+            known = ", ".join(field.encode_name for field in structs.fields(kind))
+            raise InvalidRequest(name, "is no parameter of this request", f"it has {known}") from None
+        if "missing required field" in text:
+            raise InvalidRequest(name, "is lacking", "give it") from None
+        raise InvalidRequest(name, what[0].lower() + what[1:], "write it as the vendor's page does") from None
+
+
+def _only(ways: Mapping[str, _W], name: str | None, section: str) -> _W:
+    """The PBX of that name, or the only one."""
+    if name is not None:
+        if name not in ways:
+            raise NotKnown(f"there is no [{section}.{name[:40]}]; {_known(ways)}")
+        return ways[name]
+    if not ways:
+        raise NotKnown(f"the settings have no [{section}.NAME]; write one, see the README, Dials")
+    if len(ways) > 1:
+        raise InvalidRequest("environment", "does not say by which PBX", f"name it; {_known(ways)}")
+    (way,) = ways.values()
+    return way
+
+
+def _allowed(way: _W, section: str) -> _W:
+    if not way.dials:
+        raise NotAllowed(
+            f"the settings do not let this listener dial by [{section}.{way.name}]; set dials = true there"
+        )
+    return way
+
+
+def _account(accounts: Mapping[str, int], pbx: str, argument: str, device: str) -> int:
+    """The account of an extension, which may be written with its technology."""
+    bare = extension(device)
+    if bare not in accounts:
+        raise NotKnown(
+            f"{argument}: {device!r:.60} is no extension of {pbx} in the settings; add it to extensions"
+        )
+    return accounts[bare]
+
+
+def _known(names: Mapping[str, object] | list[str]) -> str:
+    shown = ", ".join(sorted(names)[:NAMES_SHOWN_MAX])
+    return f"known are {shown}{', …' if len(names) > NAMES_SHOWN_MAX else ''}" if shown else "there is none"

@@ -1,0 +1,268 @@
+"""The switchboard, with the real dial watch and a real PostgreSQL; the ways out are plain functions."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from listener.core.calls import JsonObject
+from listener.core.dialling import Accepted, Cause, NotAnswered, Outcome, Refused, System
+from listener.core.requests import Acknowledgement
+from listener.dialwatch import DialWatch
+from listener.errors import (
+    InvalidRequest,
+    KeyReused,
+    ListenerError,
+    NotAllowed,
+    NotKnown,
+    RemoteError,
+    StoreUnavailable,
+    TooMany,
+)
+from listener.metrics import Metrics
+from listener.store.dials import Dials
+from listener.store.journal import AccountRow, Journal
+from listener.switchboard import Click2DialWay, GwsWay, NoojeeWay, Placed, Switchboard
+from tests.support.running import until
+
+GWS = {"system": "gws", "account": "ann", "number": "5001"}
+NOOJEE = {"system": "noojee", "number": "0383208100", "extenOrUniqueId": "SIP/101"}
+CLICK2DIAL = {"system": "click2dial", "agent": "201", "callee": "0820001234", "outbound_id": "27820001234"}
+RECORD = {"recordHandle": 431, "phoneNumber": "5001", "outboundCallerId": "410004343"}
+
+
+@dataclass
+class Party:
+    """An outside system: what it was asked, and what it says."""
+
+    said: Acknowledgement = field(default_factory=Accepted)
+    asked: list[Any] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        """It answers at once, unless a test closes the gate."""
+        self.gate.set()
+
+    async def dial(self, request: Any) -> Acknowledgement:
+        """Every request comes here."""
+        self.asked.append(request)
+        await self.gate.wait()
+        return self.said
+
+    hangup = answer = start_recording = stop_recording = dial
+
+
+@dataclass
+class Board:
+    """A switchboard that works, and what is round it."""
+
+    switchboard: Switchboard
+    dials: Dials
+    watch: DialWatch
+    party: Party
+
+    async def ended(self, placed: Placed) -> Outcome | None:
+        """The outcome of a dial, once everything about it is stored."""
+        await self.switchboard.drain()
+        await self.watch.drain()
+        dial = await self.dials.get(placed.dial.id)
+        assert dial is not None
+        return dial.outcome
+
+
+@asynccontextmanager
+async def working(journal: Journal, **options: Any) -> AsyncIterator[Board]:
+    """A switchboard with an account that may dial and one that may not, a Noojee and a Click2Dial."""
+    ids = await journal.register([AccountRow(name, "", "lab") for name in ("ann", "bob", "desk", "c2d")])
+    dials, party = Dials(journal), Party()
+    watch = DialWatch(dials, Metrics(), wall=lambda: datetime.now(UTC))  # noqa: TID251 - a shell's default
+
+    async def call_ids(call: int) -> tuple[str, ...]:
+        return (f"1543022361.{call}",)
+
+    board = Switchboard(watch, call_ids=call_ids, requested=dials.requested, **options)
+    board.gws["ann"] = GwsWay(ids["ann"], "ann", "lab", True, party.dial)
+    board.gws["bob"] = GwsWay(ids["bob"], "bob", "lab", False, party.dial)
+    board.noojee["office"] = NoojeeWay("office", True, {"101": ids["desk"]}, True, party)
+    board.click2dial["c2d"] = Click2DialWay("c2d", True, {"201": ids["c2d"]}, False, party.dial)
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(watch.run()), tasks.create_task(board.run())]
+        await asyncio.sleep(0)
+        try:
+            yield Board(board, dials, watch, party)
+        finally:
+            party.gate.set()
+            for task in running:
+                task.cancel()
+
+
+@pytest.mark.parametrize("fields", [GWS, NOOJEE, CLICK2DIAL, {"system": "preview", "outboundRecord": RECORD}])
+async def test_a_dial_is_written_before_it_is_sent(journal: Journal, fields: JsonObject) -> None:
+    """When a system is asked, the dial is in the database, as requested and with what was asked for."""
+    async with working(journal) as there:
+        there.party.gate.clear()
+        placed = await there.switchboard.place(fields)
+        await until(lambda: bool(there.party.asked))
+        kept = await there.dials.get(placed.dial.id)
+        assert kept == placed.dial
+        assert kept is not None
+        assert kept.accepted_at is None
+        asked = {name: value for name, value in fields.items() if name != "account"}
+        assert await there.dials.requested(kept.id) == {"campaign": None, **asked}
+
+
+async def test_what_a_system_says_is_a_fact_of_the_dial(journal: Journal) -> None:
+    """Accepted ends nothing; a refusal, and what was never sent, ends it; a lost answer does not."""
+    async with working(journal) as there:
+        assert await there.ended(await there.switchboard.place(GWS)) is None
+        there.party.said = Refused(Cause(System.GWS, "statusCode", "5"))
+        assert await there.ended(await there.switchboard.place(GWS)) is Outcome.NOT_ALLOWED
+        there.party.said = NotAnswered(sent=False, system=System.GWS)
+        assert await there.ended(await there.switchboard.place(GWS)) is Outcome.FAILED
+        there.party.said = NotAnswered(sent=True, system=System.GWS)
+        assert await there.ended(await there.switchboard.place(GWS)) is None
+
+
+async def test_the_same_key_never_dials_twice(journal: Journal) -> None:
+    """Also when both come at once; with another request it is refused, by another account it is another."""
+    async with working(journal) as there:
+        first, second = await asyncio.gather(
+            there.switchboard.place(GWS, "order-1"), there.switchboard.place(dict(GWS), "order-1")
+        )
+        assert first.dial.id == second.dial.id
+        assert first.is_new is not second.is_new
+        await there.switchboard.drain()
+        assert len(there.party.asked) == 1
+        with pytest.raises(KeyReused, match="used for another request"):
+            await there.switchboard.place({**GWS, "userData": {"a": "b"}}, "order-1")
+        other = await there.switchboard.place(NOOJEE, "order-1")
+        assert other.is_new
+        await there.switchboard.drain()
+        assert len(there.party.asked) == 2
+
+
+async def test_what_the_store_does_not_take_is_not_sent(journal: Journal) -> None:
+    """No row, no dial."""
+    async with working(journal) as there:
+        await journal.close()
+        with pytest.raises(StoreUnavailable):
+            await there.switchboard.place(GWS)
+        await there.switchboard.drain()
+        assert there.party.asked == []
+
+
+async def test_more_at_a_time_than_are_taken_are_refused(journal: Journal) -> None:
+    """The bound holds for callers at the same time, and what is refused is not written down."""
+    async with working(journal, sending_max=2) as there:
+        there.party.gate.clear()
+        done = await asyncio.gather(*(there.switchboard.place(GWS) for _ in range(5)), return_exceptions=True)
+        assert sorted(type(each).__name__ for each in done) == ["Placed", "Placed", *["TooMany"] * 3]
+        assert isinstance(next(each for each in done if not isinstance(each, Placed)), TooMany)
+        there.party.gate.set()
+        await there.switchboard.drain()
+        assert (await there.switchboard.place(GWS)).is_new
+
+
+async def test_a_defect_of_an_adapter_is_no_second_dial(journal: Journal) -> None:
+    """It may have been sent: the dial waits for its deadline."""
+
+    async def broken(_: Any) -> Acknowledgement:
+        raise ZeroDivisionError
+
+    async with working(journal) as there:
+        way = there.switchboard.gws["ann"]
+        there.switchboard.gws["ann"] = GwsWay(way.account, "ann", "lab", True, broken)
+        placed = await there.switchboard.place(GWS)
+        assert await there.ended(placed) is None
+        kept = await there.dials.get(placed.dial.id)
+        assert kept is not None
+        assert kept.cause is not None
+        assert "ZeroDivisionError" in kept.cause.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "words"),
+    [
+        ({"system": "fax"}, InvalidRequest, "system: 'fax' is none of ours; write gws, preview"),
+        ({}, InvalidRequest, "system: is lacking"),
+        ({**GWS, "account": 5}, InvalidRequest, "account: "),
+        ({**GWS, "account": "eve"}, NotKnown, "no account 'eve'; known are ann, bob"),
+        ({**GWS, "account": "bob"}, NotAllowed, "do not let this listener dial by bob"),
+        ({**GWS, "numbr": "1"}, InvalidRequest, "numbr: is no parameter of this request; it has number"),
+        ({"system": "gws", "account": "ann"}, InvalidRequest, "number: is lacking"),
+        ({**GWS, "number": "50 01"}, InvalidRequest, "number: '50 01' has a blank"),
+        ({**NOOJEE, "environment": "home"}, NotKnown, "no \\[noojee.home\\]; known are office"),
+        ({**NOOJEE, "extenOrUniqueId": "SIP/999"}, NotKnown, "'SIP/999' is no extension of office"),
+        ({**NOOJEE, "extenOrUniqueId": "101"}, InvalidRequest, "no extension with its technology"),
+        ({**CLICK2DIAL, "callee": "820001234"}, InvalidRequest, "begins with neither 0, 27 nor 00"),
+        ({**CLICK2DIAL, "contact_ref": "a b"}, InvalidRequest, "contact_ref: 'a b' is not made of"),
+        ({"system": "preview", "message": {"a": 1}}, InvalidRequest, "the message is no preview record"),
+    ],
+)
+async def test_what_is_wrong_is_refused_before_anything_is_written(
+    journal: Journal, fields: JsonObject, kind: type[ListenerError], words: str
+) -> None:
+    """By the rule that was broken; nothing is sent, and no dial is there."""
+    async with working(journal) as there:
+        with pytest.raises(kind, match=words):
+            await there.switchboard.place(fields)
+        assert there.party.asked == []
+        assert await there.dials.waiting(10, datetime(2000, 1, 1, tzinfo=UTC)) == []
+
+
+async def test_dials_are_made_so_that_they_can_be_recognised(journal: Journal) -> None:
+    """A reference of its own for GWS and Click2Dial, `monitored` for Noojee; the caller's own come first."""
+    async with working(journal) as there:
+        await there.switchboard.place(GWS)
+        await there.switchboard.place({**GWS, "reference": "mine"})
+        await there.switchboard.place(CLICK2DIAL)
+        await there.switchboard.place(NOOJEE)
+        await there.switchboard.place({**NOOJEE, "monitored": False})
+        await there.switchboard.drain()
+        gws, mine, click2dial, noojee, quiet = there.party.asked
+        assert gws.reference.startswith("d-")
+        assert mine.reference == "mine"
+        assert click2dial.reference.startswith("d-")
+        assert (noojee.monitored, quiet.monitored) == (True, False)
+
+
+Control = Callable[[Switchboard], Awaitable[None]]
+
+
+async def test_noojee_is_asked_for_what_changes_a_call(journal: Journal) -> None:
+    """Each action is its request; a refusal is said, and what the settings do not allow is not asked."""
+    async with working(journal) as there:
+        board = there.switchboard
+        await board.control("hangup", {"extenOrUniqueId": "101"})
+        await board.control("answer", {"uniqueId": "1543022361.57", "exten": "SIP/101"})
+        await board.control("start", {"extenOrUniqueId": "101", "tag": "22"})
+        await board.control("stop", {"environment": "office", "extenOrUniqueId": "101"})
+        assert [type(each).__name__ for each in there.party.asked] == [
+            "NoojeeHangup",
+            "NoojeeAnswer",
+            "NoojeeStartRecording",
+            "NoojeeStopRecording",
+        ]
+        there.party.said = Refused(Cause(System.NOOJEE, "Code", "-1", "Expired TimeStamp"))
+        with pytest.raises(RemoteError, match="Code -1 Expired TimeStamp"):
+            await board.control("stop", {"extenOrUniqueId": "101"})
+        way = board.noojee["office"]
+        board.noojee["office"] = NoojeeWay("office", False, way.accounts, True, way.calls)
+        with pytest.raises(NotAllowed, match="set dials = true"):
+            await board.control("stop", {"extenOrUniqueId": "101"})
+
+
+async def test_a_dial_is_hung_up_by_the_id_of_its_call(journal: Journal) -> None:
+    """Not before that is known, since by extension it might be another call; and not where nobody can."""
+    async with working(journal) as there:
+        placed = await there.switchboard.place(NOOJEE)
+        await there.switchboard.drain()
+        with pytest.raises(NotAllowed, match="was not heard yet"):
+            await there.switchboard.hang_up(placed.dial)
+        gws = await there.switchboard.place(GWS)
+        with pytest.raises(NotAllowed, match="gws has no request that hangs up"):
+            await there.switchboard.hang_up(gws.dial)
