@@ -5,23 +5,36 @@ from typing import Any
 import asyncpg
 import pytest
 
+from listener.core.dialling import System, placed
 from listener.errors import StoreError
 from listener.store import schema
+from listener.store.dials import Dials
 from listener.store.embedded import Embedded
 from listener.store.history import History
 from listener.store.journal import AccountRow, Journal
-from tests.store.line import Line
+from tests.store.line import T0, Line
+
+NUMBER = "+19165550104"
 
 SECRET = "bayeux_session"
 """The table that only the writer may read; it may delete what is over, too."""
 
-VIEWS = ("report_calls", "report_changes", "report_notifications", "report_anomalies", "report_coverage")
+VIEWS = (
+    "report_calls",
+    "report_changes",
+    "report_notifications",
+    "report_anomalies",
+    "report_coverage",
+    "report_dials",
+)
 
 
 @pytest.fixture
 async def filled(journal: Journal) -> Journal:
     """A journal in which every table has rows."""
     await journal.record(Line().call("Ringing", "Levitating", "Released", userData={"Name": "Ada"}))
+    asked = {"number": NUMBER, "userData": {"Name": "Ada"}}
+    await Dials(journal).place(placed("d", 1, System.GWS, NUMBER, T0, reference="Ada"), "Ada", asked)
     return journal
 
 
@@ -36,13 +49,15 @@ async def as_role(sql: asyncpg.Connection, role: str, statement: str) -> Any:
         await transaction.rollback()
 
 
-@pytest.mark.parametrize("table", ["notification", "notification_default", "change", "anomaly"])
+@pytest.mark.parametrize("table", ["notification", "notification_default", "change", "anomaly", "dial_fact"])
 @pytest.mark.parametrize("statement", ["DELETE FROM {}", "TRUNCATE {}", "UPDATE {} SET {} = {}"])
 async def test_the_writer_cannot_change_what_happened(
     table: str, statement: str, filled: Journal, sql: asyncpg.Connection
 ) -> None:
     """It adds to the journal, and can neither update nor delete it, nor any of its partitions."""
-    key = "id" if table.startswith("notification") else "notification_id"
+    key = {"notification": "id", "notification_default": "id", "dial_fact": "ordinal"}.get(
+        table, "notification_id"
+    )
 
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await as_role(sql, "listener_writer", statement.format(table, key, key))
@@ -92,6 +107,13 @@ async def test_numbers_in_the_views_are_masked(filled: Journal, sql: asyncpg.Con
     for number, masked in (("+19165550104", "…04"), ("7023", "…"), (None, None)):
         await sql.execute("UPDATE call SET number = $1", number)
         assert await sql.fetchval("SELECT number_masked FROM report_calls") == masked
+
+
+async def test_dials_in_the_view_show_where_they_went(filled: Journal, sql: asyncpg.Connection) -> None:
+    """The beginning of a long number, which says the country and the line; nothing of a short one."""
+    for number, prefix in ((NUMBER, "1916"), ("4915", None), ("19165550", None)):
+        await sql.execute("UPDATE dial SET number = $1, number_normalised = ltrim($1, '+')", number)
+        assert await sql.fetchval("SELECT number_prefix FROM report_dials") == prefix
 
 
 @pytest.mark.parametrize("role", ["listener_reader", "listener_auditor"])
