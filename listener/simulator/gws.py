@@ -14,7 +14,7 @@ import asyncio
 import base64
 import binascii
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from random import Random
@@ -428,14 +428,20 @@ class GwsServer:
                 {"statusCode": 4, "statusMessage": f"Device '{name}' is not registered."}, status=500
             )
         body = await self._body(request)
-        destination = body.get("destination")
-        number = destination.get("phoneNumber") if isinstance(destination, dict) else None
+        record = body.get("outboundRecord")
+        asked = record if isinstance(record, dict) else body.get("destination")
+        number = asked.get("phoneNumber") if isinstance(asked, dict) else None
         if body.get("operationName") != "Dial" or not isinstance(number, str) or not number:
             return json_response(
-                {"statusCode": 1, "statusMessage": "operationName Dial and destination.phoneNumber needed"},
+                {
+                    "statusCode": 1,
+                    "statusMessage": "operationName Dial needed, and the phoneNumber of a destination"
+                    " or an outboundRecord",
+                },
                 status=400,
             )
-        self.dial(account.login, number)
+        attached = record.get("otherFields") if isinstance(record, dict) else body.get("userData")
+        self.dial(account.login, number, attached=attached if isinstance(attached, dict) else None)
         # 0 says that the switch was asked; what came of it is told by CometD.
         return self._dress(json_response({"statusCode": 0}), session, "")
 
@@ -446,19 +452,33 @@ class GwsServer:
             return {}
         return body if isinstance(body, dict) else {}
 
-    def dial(self, login: str, number: str, script: str | None = None) -> ScriptedCall:
+    def dial(
+        self,
+        login: str,
+        number: str,
+        script: str | None = None,
+        *,
+        attached: Mapping[str, Any] | None = None,
+    ) -> ScriptedCall:
         """Dial a number for an account and let the call run by itself, in real time times
-        `dial_time_scale`. The script is the given one, or what `DIAL_SCRIPTS` says."""
+        `dial_time_scale`. The script is the given one, or what `DIAL_SCRIPTS` says; `attached` becomes the
+        call's userData."""
         account = self.accounts[login]
         account.dials += 1
         rng = Random(f"{self.settings.seed}:dial:{login}:{account.dials}")
         name = script or DIAL_SCRIPTS.get(number, "dial_answered")
-        call = self.begin(account, name, rng, number)
+        call = self.begin(account, name, rng, number, attached=attached)
         self.spawn(self._play(account, call))
         return call
 
     def begin(
-        self, account: Account, script: str, rng: Random, destination: str | None = None
+        self,
+        account: Account,
+        script: str,
+        rng: Random,
+        destination: str | None = None,
+        *,
+        attached: Mapping[str, Any] | None = None,
     ) -> ScriptedCall:
         """Put a call on an account's line. Then `step` it to its end."""
         call = ScriptedCall(
@@ -468,6 +488,7 @@ class GwsServer:
             rng,
             quirks=self.settings.quirks,
             destination=destination,
+            attached=attached,
             v3_channel=self.settings.v3_channel,
         )
         account.playing.append(call)

@@ -15,7 +15,7 @@ The traps of the real messages are in here on purpose: capabilities in any order
 empty or missing, supervisor fields that come and go, ids that were connIds.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -530,7 +530,8 @@ class ScriptedCall:
     """One play of one script for one agent: the messages come out of `advance`.
 
     `now_s` is epoch seconds; every message carries the time that was given to `advance`.
-    `v3_channel` is where v3 messages go. `destination` overrides the number that is dialled.
+    `v3_channel` is where v3 messages go. `destination` overrides the number that is dialled, `attached` is the
+    data that whoever dials attaches.
     """
 
     def __init__(
@@ -542,6 +543,7 @@ class ScriptedCall:
         *,
         quirks: Quirks | None = None,
         destination: str | None = None,
+        attached: Mapping[str, Any] | None = None,
         v3_channel: str = V3_VOICE_CHANNEL,
     ) -> None:
         self.script = script
@@ -550,6 +552,7 @@ class ScriptedCall:
         self.rng = rng
         self.quirks = quirks or Quirks()
         self.destination = destination
+        self.attached = list((attached or {}).items())
         self.legs: list[Leg] = []
         self.now_s = 0.0
         self._channel = v3_channel if dialect is Dialect.V3 else CALLS_CHANNEL
@@ -600,6 +603,7 @@ class ScriptedCall:
         leg = self._leg(number, "outbound", "RoleDestination")
         leg.call_type = "Outbound" if _is_external(number) else "Internal"
         leg.dnis = number
+        self._set_user_data(leg, list(self.attached))
         self.become(leg, "Dialing")
         return leg
 

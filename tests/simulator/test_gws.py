@@ -189,6 +189,25 @@ async def test_dial_is_told_by_cometd(start: Start, clients: Clients) -> None:
         }
 
 
+async def test_a_dial_attaches_its_data(start: Start, clients: Clients) -> None:
+    """userData of a Dial, and otherFields of a preview record, are the call's from its first message on."""
+    record = {"recordHandle": 431, "phoneNumber": "15002", "otherFields": {"Segment": "Gold"}}
+    preview = {"operationName": "Dial", "devicePath": "/devices/1", "outboundRecord": record}
+    async with start(dial_time_scale=0.001) as simulator:
+        client = clients(simulator)
+        await client.open("/v2/me/*")
+        for body, number, data in (
+            ({**dial_body("15001"), "userData": {"K": {"nested": 1}}}, "15001", {"K": {"nested": 1}}),
+            (preview, "15002", {"Segment": "Gold"}),
+        ):
+            client.data.clear()
+            assert (await post(client, calls_path(simulator), body))[0] == 200
+            await until(lambda: not simulator.accounts[LOGIN].playing)
+            await client.connect(timeout=0)
+            assert [m["data"]["call"]["userData"] for m in client.data][:1] == [data]
+            assert simulator.truth().calls[-1].number == number
+
+
 async def test_bad_dials_are_refused(start: Start, clients: Clients) -> None:
     """Another device is 500 and statusCode 4; a body without number or operation is statusCode 1."""
     async with start() as simulator:
