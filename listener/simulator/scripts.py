@@ -530,8 +530,8 @@ class ScriptedCall:
     """One play of one script for one agent: the messages come out of `advance`.
 
     `now_s` is epoch seconds; every message carries the time that was given to `advance`.
-    `v3_channel` is where v3 messages go. `destination` overrides the number that is dialled, `attached` is the
-    data that whoever dials attaches.
+    `v3_channel` is where v3 messages go. `destination` overrides the number that is dialled, `attached` is
+    the data that whoever dials attaches.
     """
 
     def __init__(
