@@ -340,8 +340,11 @@ class DialWatch:
     async def _remember(self) -> None:
         """What an earlier run left waiting."""
         since = self._wall() - timedelta(seconds=LATE_S)
-        for dial in await self._store.waiting(self._dials.room, since):
+        found = await self._store.waiting(self._dials.room, since)
+        for dial in found:
             self._dials.keep(dial)
+        # There may be more.
+        self._dials.overflowed |= sum(dial.outcome is None for dial in found) >= self._dials.room
         self._marks = await self._store.marks()
 
     async def _catch_up(self) -> None:

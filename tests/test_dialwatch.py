@@ -215,7 +215,8 @@ async def test_what_a_crash_left_untold_is_told_at_the_start(
     found = {
         row["call_id"]: (row["outcome"], row["answer_s"], row["heard"], row["ended"])
         for row in await sql.fetch(
-            "SELECT c.call_id, d.outcome, d.ended_at = c.ended_at AS ended, d.requested_at = c.opened_at AS heard,"
+            "SELECT c.call_id, d.outcome, d.ended_at = c.ended_at AS ended,"
+            " d.requested_at = c.opened_at AS heard,"
             " extract(epoch FROM d.connected_at - d.requested_at)::int AS answer_s"
             " FROM dial d JOIN call c ON c.id = d.call_id"
         )
@@ -483,6 +484,14 @@ async def test_more_dials_than_fit_in_memory_end_as_well(journal: Journal, sql: 
         time[0] = 100.0
         await here.pass_by(DEADLINES.dialing_s * 2)
         assert Counter(row["outcome"] for row in await rows(sql)) == {"answered": 4, "unknown": 2}
+        here.at = T0
+        for id in ("a", "b", "c"):
+            await here.hear(*out(line, "Dialing", id=id))
+    async with site(journal, dials_max=2) as here:
+        await here.hear(
+            *[each for id in ("a", "b", "c") for each in out(line, "Established", "Released", id=id)]
+        )
+        assert Counter(row["outcome"] for row in await rows(sql)) == {"answered": 7, "unknown": 2}
 
 
 async def test_who_waits_for_an_answer_when_it_ends_gets_an_error(journal: Journal) -> None:
@@ -571,7 +580,8 @@ def test_crashes_and_repeats_change_no_outcome(
             try:
                 found = await connection.fetch(
                     "SELECT d.outcome, d.requested_at, d.ringing_at, d.connected_at, d.ended_at,"
-                    " d.deadline_at, d.confidence, c.call_id FROM dial d JOIN call c ON c.id = d.call_id ORDER BY c.id"
+                    " d.deadline_at, d.confidence, c.call_id FROM dial d"
+                    " JOIN call c ON c.id = d.call_id ORDER BY c.id"
                 )
                 noted = await connection.fetch(
                     "SELECT f.ordinal, f.at, f.kind, f.said, f.state, f.outcome FROM dial_fact f"

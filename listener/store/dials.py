@@ -59,6 +59,11 @@ TROUBLES_MAX = 1000
 """Error messages that are looked up again after a crash, the newest."""
 
 
+NUMBER_CHARS_MAX = 200
+"""Of a number so many characters can be looked for, as no entry of an index may be longer than a third of a
+page. The number as it was asked for is kept whole."""
+
+
 class Dials:
     """The write side of the dials of one database, over its journal's connections."""
 
@@ -321,7 +326,7 @@ def _row(kept: _Kept, key: str | None = None) -> dict[str, Any]:
     country = SOUTH_AFRICA if dial.system is System.CLICK2DIAL else None
     row |= {
         "account_id": dial.account,
-        "number_normalised": normalised(dial.number, country),
+        "number_normalised": normalised(dial.number, country)[:NUMBER_CHARS_MAX],
         "call_id": dial.call,
         "candidates": kept.candidates,
         "facts": kept.facts,

@@ -101,6 +101,13 @@ async def test_a_placed_dial_is_there_before_it_is_sent(dials: Dials, again: Dia
     )  # fmt: skip
 
 
+async def test_a_number_of_any_length_is_kept(dials: Dials, sql: asyncpg.Connection) -> None:
+    """Whole, though only its beginning can be looked for."""
+    number = "9" * 100_000
+    await dials.place(placed("d", 1, System.GWS, number, T0))
+    assert await sql.fetchval("SELECT number FROM dial") == number
+
+
 async def test_the_same_key_never_dials_twice(dials: Dials, again: Dials) -> None:
     """Who comes second gets the first dial as it is now; another account or system has keys of its own."""
     assert (await dials.place(asked("d1"), "k"))[1]
