@@ -1,5 +1,5 @@
-"""How answers look: the calls, one call's timeline and coverage, as tables and pictures for people and JSON
-for programs.
+"""How answers look: the calls, one call's timeline, coverage and dials, as tables and pictures for people and
+JSON for programs.
 
 It decides columns, words and units; it refuses to know how an answer was found, and asks nothing itself. A
 table shows local time, JSON has UTC; JSON holds everything, a table what fits. Both always say which share of
@@ -22,6 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from listener.core.calls import Call
+from listener.core.dialling import FAILURES, SUCCESSES, Confidence, Dial
+from listener.core.why import Why
+from listener.store.dialled import DialFound, DialPage, DialTimeline
 from listener.store.history import (
     Altered,
     Coverage,
@@ -701,3 +704,150 @@ def show_spool(report: SpoolReport, out: Console) -> None:
         out.print("damaged records are not stored: look at the disk, keep the .damaged files for support")
     what = "nothing" if not report.notifications else f"{report.notifications} notifications"
     out.print(f"{what} on disk that the database does not have yet, {report.size_bytes} bytes")
+
+
+# ── Dials ─────────────────────────────────────────────────────────────────────────────────────────────
+
+_DIAL_FIRST_TO_GO = ("origin", "ring", "answer", "account", "leg")
+_OUTCOMES = {**dict.fromkeys(SUCCESSES, "green"), **dict.fromkeys(FAILURES, "red")}
+
+
+def _dial_row(found: DialFound) -> dict[str, str]:
+    dial = found.dial
+    raw = "" if dial.cause is None else " ".join(filter(None, (str(dial.cause), dial.cause.text)))
+    return {
+        "id": dial.id,
+        "asked for": _local(dial.requested_at),
+        "account": found.account,
+        "dial": f"{dial.device or found.account} → {dial.number or '?'}",
+        "system": dial.system,
+        "origin": dial.origin,
+        "outcome": _dial_outcome(dial),
+        "leg": dial.leg or "",
+        "cause": raw if len(raw) <= VALUE_CHARS_MAX else raw[: VALUE_CHARS_MAX - 1] + "…",
+        "ring": seconds(dial.time_to_ring_s),
+        "answer": seconds(dial.time_to_answer_s),
+    }
+
+
+def _dial_outcome(dial: Dial) -> str:
+    if dial.outcome is None:
+        return f"({dial.state})"
+    inferred = " (inferred)" if dial.confidence is Confidence.INFERRED else ""
+    return f"{dial.outcome}{inferred}"
+
+
+def show_dials(page: DialPage, out: Console) -> None:
+    """Print dials, newest first, and below them what share of the time was observed."""
+    left_out: list[str] = []
+    if page.dials:
+        rows = [_dial_row(found) for found in page.dials]
+        days = {row["asked for"][:10] for row in rows}
+        widths = {column: _needed(column, [row[column] for row in rows]) for column in rows[0]}
+        if len(days) == 1:
+            out.print(f"[bold]{days.pop()}[/]")
+            rows = [row | {"asked for": row["asked for"][11:]} for row in rows]
+            widths["asked for"] = _needed("asked for", [row["asked for"] for row in rows])
+        for column in _DIAL_FIRST_TO_GO:
+            if _left(widths, out) < 0:
+                del widths[column]
+                left_out.append(column)
+        if (lacking := -_left(widths, out)) > 0:
+            widths["cause"] = max(len("cause"), widths["cause"] - lacking)
+        table = _table(*widths, right=("ring", "answer"), widths=widths)
+        for found, row in zip(page.dials, rows, strict=True):
+            shown = {column: escape(row[column]) for column in widths}
+            shown["outcome"] = f"[{_dial_colour(found.dial)}]{shown['outcome']}[/]"
+            table.add_row(*shown.values())
+        out.print(table)
+        if any(found.dial.outcome is None for found in page.dials):
+            out.print("in brackets: it waits for its end, and has got so far")
+    if left_out:
+        out.print(f"too narrow for: {', '.join(left_out)}; a wider terminal or -o json shows them")
+    count = f"{len(page.dials) or 'no'} dial{'s' * (len(page.dials) != 1)}"
+    out.print(f"{count}; {_observed(page.observed, page.since, page.until)}")
+    if page.after is not None:
+        out.print(f"there are more: --after {page.after}")
+
+
+def _dial_colour(dial: Dial) -> str:
+    return "cyan" if dial.outcome is None else _OUTCOMES.get(dial.outcome, "yellow")
+
+
+def show_dial(timeline: DialTimeline, out: Console) -> None:
+    """Print one dial: what it is, how it ended, how that was reached, and which call it is."""
+    found, dial = timeline.found, timeline.found.dial
+    row = _dial_row(found)
+    out.print(
+        f"[bold]dial {dial.id}[/] of {escape(found.account)} by {dial.system}, {dial.origin}: "
+        f"{escape(row['dial'])}, [{_dial_colour(dial)}]{row['outcome']}[/]"
+    )
+    told = {
+        "asked for": row["asked for"],
+        "ended": "not yet" if dial.ended_at is None else _local(dial.ended_at),
+        "waits until": "" if dial.deadline_at is None else _local(dial.deadline_at),
+        "leg": row["leg"],
+        "ended by": dial.ended_by or "",
+        "cause": "" if dial.cause is None else " ".join(filter(None, (str(dial.cause), dial.cause.text))),
+        "ring": row["ring"],
+        "answer": row["answer"],
+        "retry": dial.retry or "",
+        "caller id": dial.caller_id or "",
+        "campaign": dial.campaign or "",
+        "reference": dial.reference or "",
+        "key": found.key or "",
+        "turned out": found.merged_into or "",
+        "call": _call_of(timeline),
+    }
+    for name, value in told.items():
+        if value:
+            out.print(f"  {name:<12}{escape(value)}")
+    if timeline.facts:
+        table = _table("heard", "what", "said", "then it was")
+        for fact in timeline.facts:
+            said = " ".join(filter(None, (fact.said, str(fact.cause) if fact.cause is not None else "")))
+            state = f"{fact.state}, {fact.outcome}" if fact.outcome is not None else fact.state
+            heard = _local(fact.at, milliseconds=True)
+            table.add_row(heard, fact.kind, escape(said), state)
+        out.print(table)
+
+
+def _call_of(timeline: DialTimeline) -> str:
+    dial = timeline.found.dial
+    if timeline.found.candidates:
+        return f"ambiguous: it may also be that of {', '.join(timeline.found.candidates)}"
+    by = ", ".join(dial.matched_by)
+    matched = f"matched by {by} ({dial.match_confidence})" if by else ""
+    if timeline.call is None:
+        return matched
+    return f"{timeline.call.call.id}, {timeline.call.who}; {matched}".removesuffix("; ")
+
+
+def show_why(why: Why, out: Console) -> None:
+    """Print the groups of failures, those with the most first, and the sentence that names the smallest group
+    that explains their rise."""
+    if why.groups:
+        figures = ("failures", "of dials", "share", "before")
+        table = _table("first", "last", *figures, "outcome", "cause", "group", right=figures)
+        for group in why.groups:
+            table.add_row(
+                _local(group.first_at),
+                _local(group.last_at),
+                str(group.now.failures),
+                str(group.now.dials),
+                share(group.now.share),
+                share(group.before.share) if group.before.dials else "none",
+                group.outcome or "any failure",
+                escape(group.cause or ""),
+                escape(", ".join(map(str, group.conditions)) or "all dials"),
+            )
+        out.print(table)
+        if why.left_out:
+            out.print(f"{why.left_out} failure{'s' * (why.left_out != 1)} in smaller groups left out")
+    out.print(
+        f"{why.now.failures} of {why.now.dials} dials failed ({share(why.now.share)}), "
+        f"{why.before.failures} of {why.before.dials} before ({share(why.before.share)})"
+    )
+    out.print(escape(why.sentence))
+    if why.partial:
+        out.print("there were too many different dials to look at all; ask for a shorter time or one account")

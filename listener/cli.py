@@ -26,11 +26,14 @@ from urllib.parse import urlsplit
 
 from listener import __version__
 from listener.core.moments import SO_LONG, moment
-from listener.errors import ListenerError, RemoteError, SettingsError, StoreError
+from listener.errors import InvalidRequest, ListenerError, RemoteError, SettingsError, StoreError
 
 if TYPE_CHECKING:
+    from listener.api import Client
     from listener.core.calls import Direction
+    from listener.core.why import Tally
     from listener.settings import Settings
+    from listener.store.dialled import DialHistory, DialPage
     from listener.store.history import Coverage, History, Page
 
 T = TypeVar("T")
@@ -62,6 +65,7 @@ five minutes, from nothing to a question answered:
   listener calls --number 5001 --since 1h     the calls with 5001 in the last hour, and who was on them
   listener call 4711                          all that happened on one of them
   listener coverage --last 1h -o strip        who was listened to, and when not, as a picture
+  listener dials --why --last 1h              why dials fail more than before
 
 a site of your own:
   cp deploy/listener.example.toml listener.toml   then edit it
@@ -319,10 +323,14 @@ def _refuse_unreadable(dsn: str) -> None:
 
 def _check_config(options: argparse.Namespace) -> int:
     path, settings = _found_settings(options)
-    if not settings.accounts:
+    if not settings.accounts and not settings.pbx_accounts():
         why = f"{path}: [[accounts]]: " if path is not None else "no listener.toml was found, and "
         raise SettingsError(why + NO_ACCOUNT)
-    counts = ((len(settings.environments), "environment"), (len(settings.accounts), "account"))
+    counts = (
+        (len(settings.environments), "environment"),
+        (len(settings.accounts), "account"),
+        *((len(settings.noojee) + len(settings.click2dial), "PBX"),) * bool(settings.pbx_accounts()),
+    )
     told = ", ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
     print(f"{path or 'no file'}: ok, {told}")
     return OK
@@ -481,6 +489,214 @@ def _spool(options: argparse.Namespace) -> int:
     return NEGATIVE if options.verify and damaged else OK
 
 
+# ── Dials ─────────────────────────────────────────────────────────────────────────────────────────────
+
+WHY_LAST = "1h"
+"""The period that --why explains where none is asked for."""
+
+ACKNOWLEDGED_S = 15.0
+"""How long `dial` without --wait waits for the answer of the system; then it says what is known."""
+
+RECORD_BYTES_MAX = 1024 * 1024
+"""A larger file is no outbound record."""
+
+
+def _dials_answer(options: argparse.Namespace, ask: "Callable[[DialHistory], Awaitable[T]]") -> T:
+    from listener.store.dialled import DialHistory
+
+    async def asked(dsn: str) -> T:
+        async with DialHistory(dsn) as history:
+            return await ask(history)
+
+    with _database(_settings(options)) as dsn:
+        return asyncio.run(asked(dsn))
+
+
+def _print_json(told: Any) -> None:
+    import msgspec
+
+    print(msgspec.json.format(msgspec.json.encode(told), indent=2).decode())
+
+
+def _dials(options: argparse.Namespace) -> int:
+    _period_checked(options)
+    if options.why:
+        return _dials_why(options)
+    if options.id is not None:
+        return _dial_told(options)
+    from listener.answers import console, show_dials
+    from listener.api import page_told
+
+    async def ask(history: "DialHistory") -> "DialPage":
+        await _all_known(history, options)
+        return await history.dials(
+            since=options.since,
+            until=options.until,
+            accounts=options.account,
+            tenant=options.tenant,
+            system=options.system,
+            origin=options.origin,
+            outcomes=options.outcome,
+            waiting=True if options.waiting else None,
+            leg=options.leg,
+            cause=options.cause,
+            number=options.number,
+            number_ends=options.number_ends,
+            limit=options.limit,
+            after=options.after,
+        )
+
+    page = _dials_answer(options, ask)
+    if options.output == "json":
+        _print_json(page_told(page))
+    else:
+        show_dials(page, console())
+    return OK if page.dials else NEGATIVE
+
+
+def _dial_told(options: argparse.Namespace) -> int:
+    from listener.answers import console, show_dial
+    from listener.api import timeline_told
+
+    timeline = _dials_answer(options, lambda history: history.dial(options.id))
+    if timeline is None:
+        print(f"listener: there is no dial {options.id}; `listener dials` lists them", file=sys.stderr)
+        return NEGATIVE
+    if options.output == "json":
+        _print_json(timeline_told(timeline))
+    else:
+        show_dial(timeline, console())
+    return OK
+
+
+def _dials_why(options: argparse.Namespace) -> int:
+    from listener.answers import console, show_why
+    from listener.core.why import explain
+
+    now = datetime.now(UTC)  # noqa: TID251 - "until now" is when it was asked
+    since = options.since if options.since is not None else moment(WHY_LAST, now)
+
+    async def ask(history: "DialHistory") -> "tuple[list[Tally], list[Tally]]":
+        await _all_known(history, options)
+        return await history.tallies(
+            since,
+            options.until or now,
+            accounts=options.account,
+            tenant=options.tenant,
+            system=options.system,
+            origin=options.origin,
+        )
+
+    why = explain(*_dials_answer(options, ask))
+    if options.output == "json":
+        _print_json(why)
+    else:
+        show_why(why, console())
+    return OK if why.now.dials else NEGATIVE
+
+
+def _client(settings: "Settings") -> "Client":
+    """The API of the listener that runs with these settings."""
+    from listener.api import Client
+
+    api = settings.api
+    if api.token is None:
+        raise SettingsError(
+            "api.token is not set, so no listener takes dials; set api.token_file and dials = true, "
+            "see the README, Dials"
+        )
+    if api.port == 0:
+        raise SettingsError("api.port is 0, so nobody knows where the listener is; set --set api.port=9465")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(api.host, api.host)  # noqa: S104 - what is listened on
+    where = f"[{host}]" if ":" in host else host
+    return Client(f"http://{where}:{api.port}", api.token.get_secret_value())
+
+
+def _parameters(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the request's own parameters, by their vendor's names."""
+    given = {name: getattr(options, name) for name in options.parameters}
+    return {name: value for name, value in given.items() if value not in (None, False)}
+
+
+def _dial(options: argparse.Namespace) -> int:
+    parameters = _parameters(options)
+    if options.system == "preview":
+        parameters |= _outbound_record(options)
+
+    async def placed() -> dict[str, Any]:
+        async with _client(_settings(options)) as client:
+            dial = await client.dial(
+                options.system,
+                account=getattr(options, "by", None),
+                environment=options.environment,
+                campaign=options.campaign,
+                key=options.key,
+                **parameters,
+            )
+            for warning in dial["warnings"]:
+                print(f"listener: {warning}", file=sys.stderr)
+            return await _followed(client, dial, options)
+
+    dial = asyncio.run(placed())
+    if options.output == "json":
+        _print_json(dial)
+    elif not options.wait:
+        print(f"{dial['id']} {dial['outcome'] or dial['state']} {dial['cause_text']}".rstrip())
+    failed = dial["outcome"] is not None and dial["outcome"] not in ("answered", "machine")
+    return NEGATIVE if failed else OK
+
+
+async def _followed(client: "Client", dial: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The dial at its end with --wait, with each state as it comes; else once the system has answered."""
+    shown, last = "", dial
+    try:
+        async with asyncio.timeout(options.wait_s if options.wait else ACKNOWLEDGED_S):
+            async for last in client.follow(dial["id"]):
+                state = f"{last['outcome'] or last['state']} {last['cause_text']}".rstrip()
+                if options.wait and options.output == "table" and state != shown:
+                    print(f"{last['id']} {state}", flush=True)
+                    shown = state
+                if not options.wait and last["state"] != "requested":
+                    break
+    except TimeoutError:
+        print(f"listener: no end so far; `listener dials {dial['id']}` tells it later", file=sys.stderr)
+    return last
+
+
+def _outbound_record(options: argparse.Namespace) -> dict[str, Any]:
+    """The record of --record, or the message of --message, as JSON."""
+    path = options.record or options.message
+    try:
+        raw = (
+            sys.stdin.buffer.read(RECORD_BYTES_MAX + 1)
+            if path == "-"
+            else Path(path).read_bytes()[: RECORD_BYTES_MAX + 1]
+        )
+    except OSError as error:
+        raise SettingsError(f"{path}: it cannot be read ({error.strerror})") from None
+    try:
+        value = json.loads(raw) if len(raw) <= RECORD_BYTES_MAX else None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise SettingsError(f"{path}: it is no JSON object; give an outbound record, whole")
+    return {"outboundRecord" if options.record else "message": value}
+
+
+def _control(options: argparse.Namespace) -> int:
+    async def asked() -> None:
+        async with _client(_settings(options)) as client:
+            if options.action == "hangup" and options.id is not None:
+                await client.hang_up(options.id)
+            else:
+                await client.control(options.action, environment=options.environment, **_parameters(options))
+
+    if options.action == "hangup" and (options.id is None) == (options.extenOrUniqueId is None):
+        raise SettingsError("name either the dial, or --exten-or-unique-id of a call")
+    asyncio.run(asked())
+    return OK
+
+
 # ── The daemon, the simulator, the demo ───────────────────────────────────────────────────────────────
 
 
@@ -488,7 +704,7 @@ def _run(options: argparse.Namespace) -> int:
     from listener.daemon import run
 
     settings = _settings(options)
-    if not settings.accounts:
+    if not settings.accounts and not settings.pbx_accounts():
         raise SettingsError(NO_ACCOUNT)
     run(settings, reread=lambda: _settings(options), goodbye=options.goodbye)
     return OK
@@ -725,7 +941,9 @@ def parser() -> argparse.ArgumentParser:
         "file", nargs="?", default="-", metavar="FILE", help="a file, or - for standard input"
     )
 
-    _questions(command)
+    period, output = _questions(command)
+    _dial_questions(command, period, output)
+    _dial_commands(command)
 
     spool = command(
         "spool",
@@ -771,8 +989,12 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def _questions(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add the commands that read what was stored."""
+_Adds = Callable[..., None]
+
+
+def _questions(command: Callable[..., argparse.ArgumentParser]) -> tuple[_Adds, _Adds]:
+    """Add the commands that read what was stored about calls; gives what adds the options of a period, and of
+    how an answer looks."""
 
     def output(to: argparse.ArgumentParser, *more: str) -> None:
         to.add_argument(
@@ -926,6 +1148,246 @@ def _questions(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="how wide; else the terminal, or 200 where there is none",
     )
     output(coverage, "strip")
+    return period, output
+
+
+def _word(kind: str) -> Callable[[str], Any]:
+    """One of the words of an enumeration of `listener.core.dialling`, imported only when it is used."""
+
+    def read(text: str) -> Any:
+        from listener.core import dialling
+
+        words = getattr(dialling, kind)
+        try:
+            return words(text.casefold().replace("-", "_"))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"one of {', '.join(words)}, not {text!r}") from None
+
+    return read
+
+
+def _dial_questions(command: Callable[..., argparse.ArgumentParser], period: _Adds, output: _Adds) -> None:
+    dials = command(
+        "dials",
+        _dials,
+        "list dials: how each ended, and why; or why they fail more than before",
+        "A dial is any attempt to reach a number: placed by this listener, or overheard because an agent's\n"
+        "call began in Dialing. Each gets one outcome: answered, machine, busy, no_answer, rejected,\n"
+        "cancelled, invalid_number, unreachable, congestion, not_allowed, failed or unknown; (inferred)\n"
+        "where no system said it. With an id, it tells how the outcome was reached, and which call it is.\n\n"
+        "--why groups the failures of the period by outcome, cause, number, account and system, against\n"
+        f"those of as long a time before (the last {WHY_LAST} where no period is given), and names the\n"
+        "smallest group that explains the rise.\n\n"
+        "exit codes: 0 there are dials; 1 there is none, or no such dial, account or tenant; 2 wrong usage;\n"
+        "3 no database\n\n"
+        "examples:\n"
+        "  listener dials --last 1h --outcome busy no_answer\n"
+        "  listener dials --number 0383208100 --since 2026-03-02\n"
+        "  listener dials d-3edd6b025f6f9641\n"
+        "  listener dials --why --last 1h\n"
+        "  listener dials --cause 'ErrorCode 231' -o json | jq .dials[].number\n",
+    )
+    dials.add_argument("id", nargs="?", metavar="ID", help="one dial, with all that led to its outcome")
+    dials.add_argument("--why", action="store_true", help="why dials fail more than in the time before")
+    period(dials)
+    which = dials.add_argument_group("which dials")
+    which.add_argument(
+        "--outcome",
+        type=_word("Outcome"),
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="those that ended so; may be repeated",
+    )
+    which.add_argument("--waiting", action="store_true", help="only those that wait for their end")
+    which.add_argument("--leg", type=_word("Leg"), metavar="WORD", help="agent, callee or system")
+    which.add_argument("--cause", metavar="CODE", help='a raw cause, "ErrorCode 231", or its code alone')
+    which.add_argument("--system", type=_word("System"), metavar="WORD", help="gws, noojee or click2dial")
+    which.add_argument("--origin", type=_word("Origin"), metavar="WORD", help="placed or overheard")
+    which.add_argument("--number", type=_number, help="a whole number, in any spelling")
+    which.add_argument("--number-ends", type=_number, metavar="DIGITS", help="the last digits of one")
+    which.add_argument(
+        "--limit", type=_calls_limit, default=LIMIT, metavar="COUNT", help=f"how many, newest first ({LIMIT})"
+    )
+    which.add_argument("--after", metavar="PLACE", help="go on where a list before ended")
+    output(dials)
+
+
+_THROUGH = (
+    "It goes through the listener that runs with the same settings (api.port, api.token), so that its\n"
+    "end is heard, and only where they say dials = true.\n\n"
+)
+_DIAL_CODES = (
+    "exit codes: 0 it was accepted or, with --wait, answered; 1 it failed, or there is no such account;\n"
+    "2 wrong usage or settings; 3 the database does not answer, nothing was sent; 4 no listener answers\n\n"
+)
+
+
+def _dial_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that place dials, and change calls that there are."""
+    dial = command(
+        "dial",
+        _dial,
+        "call a number by one of the systems",
+        _THROUGH + _DIAL_CODES + "examples:\n"
+        "  listener dial gws --by agent5001 5001 --wait\n"
+        "  listener dial noojee --exten-or-unique-id SIP/101 0383208100 --key order-4711\n"
+        "  listener dial click2dial --agent 201 --outbound-id 27820001234 0820001234\n"
+        "  listener dial hangup d-3edd6b025f6f9641\n",
+    )
+    systems = dial.add_subparsers(title="by which, or what to do with a call", metavar="WHAT", required=True)
+
+    def system(name: str, help_: str, parameters: Sequence[str], example: str) -> argparse.ArgumentParser:
+        added = systems.add_parser(
+            name,
+            help=help_,
+            description=help_[0].upper() + help_[1:] + ".",
+            epilog=f"{_THROUGH}{_DIAL_CODES}example:\n  listener dial {name} {example}\n",
+            parents=[_shared(top=False)],
+        )
+        added.set_defaults(run=_dial, system=name, parameters=tuple(parameters))
+        added.add_argument("--key", help="an idempotency key: the same key never dials twice")
+        added.add_argument("--campaign", metavar="NAME", help="what to group the dial by")
+        added.add_argument("--environment", metavar="NAME", help="by which of several")
+        added.add_argument("--wait", action="store_true", help="follow it to its outcome")
+        added.add_argument(
+            "--wait-s", type=_above_0, default=14_400.0, metavar="SECONDS", help="follow it for so long"
+        )
+        added.add_argument(
+            "-o", "--output", choices=("table", "json"), default="table", help="for a person or a program"
+        )
+        return added
+
+    gws = system(
+        "gws",
+        "dial by an account at Genesys Web Services",
+        ("number", "device", "location", "userData", "reference"),
+        '--by agent5001 5001 --user-data \'{"CustomerSegment": "Gold"}\' --wait',
+    )
+    gws.add_argument("--by", metavar="ACCOUNT", help="the account; else the only one that may dial")
+    gws.add_argument("number")
+    gws.add_argument("--device", metavar="ID", help="the id of its device; else its only one")
+    gws.add_argument("--location", help="the location attribute of the TServer's request")
+    gws.add_argument("--user-data", dest="userData", type=_json_object, metavar="JSON", help="attached data")
+    gws.add_argument("--reference", help="what the call is recognised by; else one is made")
+    preview = system(
+        "preview",
+        "dial the number of an outbound preview record",
+        ("devicePath",),
+        "--by agent5001 --record record.json",
+    )
+    preview.add_argument("--by", metavar="ACCOUNT", help="the account; else the only one that may dial")
+    preview.add_argument("--device-path", dest="devicePath", metavar="PATH", help="/devices/ID")
+    what = preview.add_mutually_exclusive_group(required=True)
+    what.add_argument("--record", metavar="FILE", help="the outbound record, whole, as JSON; - for stdin")
+    what.add_argument("--message", metavar="FILE", help="the message that brought it, as it was heard")
+    noojee = system(
+        "noojee",
+        "dial by a Noojee: the extension is called first, then the number",
+        ("number", "extenOrUniqueId", "autoAnswer", "callerId", "phoneCaption", "monitored", "record", "tag"),
+        "--exten-or-unique-id SIP/101 0383208100 --record --tag order-4711",
+    )
+    noojee.add_argument("number")
+    noojee.add_argument("--exten-or-unique-id", dest="extenOrUniqueId", required=True, metavar="SIP/100")
+    noojee.add_argument(
+        "--auto-answer", dest="autoAnswer", metavar="TEXT", help="by which the handset answers"
+    )
+    noojee.add_argument("--caller-id", dest="callerId", metavar="NUMBER", help="what the number is shown")
+    noojee.add_argument("--phone-caption", dest="phoneCaption", metavar="TEXT", help="a line on the handset")
+    noojee.add_argument("--monitored", action="store_true", help="ask for its events, also without subscribe")
+    noojee.add_argument("--record", action="store_true", help="record when it is answered")
+    noojee.add_argument("--tag", help="of the recording; only with --record")
+    click2dial = system(
+        "click2dial",
+        "dial by a Click2Dial: the agent is called first, then the callee",
+        ("agent", "callee", "outbound_id", "reference"),
+        "--agent 201 --outbound-id 27820001234 0820001234 --wait",
+    )
+    click2dial.add_argument("callee", help="0820001234, 27820001234 or 0027820001234")
+    click2dial.add_argument("--agent", required=True, metavar="EXTENSION")
+    click2dial.add_argument(
+        "--outbound-id", dest="outbound_id", required=True, metavar="NUMBER", help="what the callee is shown"
+    )
+    click2dial.add_argument("--reference", help="contact_ref or call_ref; else one is made")
+
+    def control(
+        to: Any, action: str, help_: str, parameters: Sequence[str], *, example: str, of: str = "dial"
+    ) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = to.add_parser(
+            action,
+            help=help_,
+            description=help_[0].upper() + help_[1:] + ".",
+            epilog=f"{_THROUGH}exit codes: 0 done; 1 it cannot be done, or no such dial; 2 wrong usage or "
+            "settings;\n3 the database does not answer; 4 Noojee refuses, or no listener answers\n\n"
+            f"example:\n  listener {of} {action} {example}\n",
+            parents=[_shared(top=False)],
+        )
+        added.set_defaults(run=_control, action=action, parameters=tuple(parameters))
+        added.add_argument("--environment", metavar="NAME", help="by which Noojee of several")
+        return added
+
+    hangup = control(
+        systems,
+        "hangup",
+        "have Noojee hang up a call",
+        ("extenOrUniqueId",),
+        example="d-3edd6b025f6f9641",
+    )
+    hangup.add_argument("id", nargs="?", metavar="ID", help="a dial")
+    hangup.add_argument(
+        "--exten-or-unique-id", dest="extenOrUniqueId", metavar="1543022361.57", help="a call"
+    )
+    answer = control(
+        systems,
+        "answer",
+        "have a handset of Noojee's answer",
+        ("uniqueId", "exten", "answerString"),
+        example="--unique-id 1543022361.57 --exten SIP/101",
+    )
+    answer.add_argument("--unique-id", dest="uniqueId", required=True, metavar="ID")
+    answer.add_argument("--exten", required=True, metavar="SIP/100")
+    answer.add_argument("--answer-string", dest="answerString", metavar="TEXT")
+
+    record = command(
+        "record",
+        _control,
+        "have Noojee start or stop recording a call",
+        _THROUGH
+        + "exit codes: 0 done; 1 it cannot be done; 2 wrong usage or settings; 4 Noojee refuses, or no\n"
+        "listener answers\n\nexamples:\n"
+        "  listener record start --exten-or-unique-id 410 --tag 22 --agent-login-name Fred\n"
+        "  listener record stop --exten-or-unique-id 410\n",
+    )
+    actions = record.add_subparsers(title="what", metavar="WHAT", required=True)
+    for action, parameters in (
+        ("start", ("extenOrUniqueId", "tag", "agentLoginName")),
+        ("stop", ("extenOrUniqueId", "agentLoginName")),
+    ):
+        added = control(
+            actions,
+            action,
+            f"{action} recording a call",
+            parameters,
+            example="--exten-or-unique-id 410",
+            of="record",
+        )
+        added.add_argument("--exten-or-unique-id", dest="extenOrUniqueId", required=True, metavar="410")
+        added.add_argument(
+            "--agent-login-name", dest="agentLoginName", metavar="NAME", help="who owns the leg"
+        )
+        if action == "start":
+            added.add_argument("--tag", help="stored as the call record's External Reference")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError('it is no JSON object; write \'{"key": "value"}\'')
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -956,7 +1418,7 @@ def _failed(error: Exception) -> int:
     for line in str(error).splitlines() if isinstance(error, ListenerError) else ():
         print(f"listener: {line}", file=sys.stderr)
     match error:
-        case SettingsError():
+        case SettingsError() | InvalidRequest():
             return USAGE
         case StoreError():
             return STORE

@@ -36,7 +36,10 @@ from listener.store.spool import Spool
 
 NOON = datetime(2026, 3, 2, 12, tzinfo=UTC)
 
-COMMANDS = ("run", "demo", "simulate", "decode", "calls", "call", "coverage", "spool", "db", "check-config")
+COMMANDS = (
+    *("run", "demo", "simulate", "decode", "calls", "call", "coverage", "dials", "dial", "record", "spool"),
+    *("db", "check-config"),
+)
 
 
 @pytest.fixture(autouse=True)
