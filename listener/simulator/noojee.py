@@ -32,7 +32,7 @@ API: Final = "/servicemanager/rest/CallManagementAPI/"
 EVENTS_MAX: Final = 100_000
 """Events that are kept for late questions; older ones are forgotten."""
 POLL_S_MIN: Final = 0.1
-"""A poll that found nothing at once gathers at least so long ("minimum poll about 100 ms")."""
+"""How long a poll that may wait lasts at least, and gathers ("minimum poll about 100 ms")."""
 TIMEOUT_S: Final = 10.0
 """timeOut where none is asked for."""
 NOT_ANSWERED_S: Final = 25.0
@@ -398,7 +398,7 @@ class NoojeeServer(Party):
             return _error("exten, lastSequenceNumber and timeOut are needed")
         if after == 0 and (now := self._now(extensions)):
             return self._reply(now)
-        if timeout_s > 0 and not self._since(extensions, after):
+        if timeout_s > 0:
             self.polls += 1
             try:
                 await self._wait(extensions, after, timeout_s)

@@ -201,9 +201,11 @@ async def test_joining_all_the_time_starves_nobody() -> None:
         async with asyncio.TaskGroup() as tasks:
 
             async def joining() -> None:
-                for number in range(1000):
-                    events.watch(str(1000 + number))
+                number = 1000
+                while number < 2000:
                     await asyncio.sleep(0.005)
+                    events.watch(str(number))
+                    number += 1
 
             work = tasks.create_task(joining())
             await dial(server)
@@ -319,6 +321,41 @@ async def test_a_call_that_is_live_at_the_start() -> None:
             assert ears.statuses() == ["Ringing"]
             heard += ears.events
     assert heard[0].stream != heard[1].stream
+
+
+async def test_what_is_live_is_a_new_answer_each_time() -> None:
+    """Also for a run that goes on where nothing had happened yet: an old place must not hide what is new."""
+    heard = []
+    for ears in (Ears(), Ears()):
+        server = Scripted(said(5, "Ringing"))
+        async with (
+            server.serving(),
+            hearing(
+                events_of(server.url, ears, place=NoojeePlace("0b7e6c1e-6d0f-4a53-9d0e-3c1f6b1f5a11", 0)),
+                "204",
+            ),
+        ):
+            await until(lambda events=ears.events: len(events) == 1)  # type: ignore[misc]
+        heard += ears.events
+    assert heard[0].stream != heard[1].stream
+
+
+async def test_replies_that_are_cut_cost_no_place() -> None:
+    """However many: the same is asked again, and the place stays what it was."""
+    ears = Ears()
+    async with (
+        NoojeeServer(monitored=frozenset({"204"})) as server,
+        hearing(events_of(server.url, ears, poll_s=0.2), "204") as events,
+    ):
+        server.call("204", "inbound_busy")
+        await until(lambda: events.place.seq == 1)
+        generation = events.place.generation
+        server.faults.arm("cut_during", on="subscribe", times=5)
+        await until(lambda: server.faults.struck["cut_during"] == 5)
+        server.call("204", "inbound_busy")
+        await until(lambda: len(ears.statuses()) == 2)
+        assert events.place == NoojeePlace(generation, 2)
+    assert ears.causes == ["", "disconnected", ""]
 
 
 async def test_a_wrong_key_is_said() -> None:
