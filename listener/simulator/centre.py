@@ -13,7 +13,7 @@ import asyncio
 import heapq
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from random import Random
 from time import time  # noqa: TID251 - the default of a shell
@@ -22,9 +22,13 @@ from typing import Any, Final, Self
 
 from aiohttp import web
 
+from listener.errors import SettingsError
 from listener.simulator import scripts
+from listener.simulator.click2dial import Click2DialServer
 from listener.simulator.faults import Faults
 from listener.simulator.gws import Account, GwsServer, json_response
+from listener.simulator.noojee import NoojeeServer
+from listener.simulator.party import ExchangeFaults
 from listener.simulator.scripts import CallTruth, Message, ScriptedCall
 from listener.simulator.settings import SimulatorSettings
 
@@ -163,12 +167,36 @@ class Simulator:
             await simulator.drained()
             truth = simulator.truth()
 
-    `clock` gives epoch seconds. `gws` is the server under it, `faults` what goes wrong in exchanges.
+    `clock` gives epoch seconds. `gws` is the server under it, `faults` what goes wrong in exchanges; `noojee`
+    and `click2dial` are the PBXs beside it, where the settings ask for them.
     """
 
     def __init__(self, settings: SimulatorSettings, *, clock: Callable[[], float] = time) -> None:
         self.settings = settings
         self.gws = GwsServer(settings, clock=clock)
+        self.noojee: NoojeeServer | None = None
+        self.click2dial: Click2DialServer | None = None
+        if settings.noojee:
+            self.noojee = NoojeeServer(
+                api_key=settings.noojee_key,
+                time_scale=settings.dial_time_scale,
+                seed=settings.seed,
+                host=settings.host,
+                port=settings.noojee_port,
+                clock=clock,
+            )
+        if settings.click2dial:
+            self.click2dial = Click2DialServer(
+                webhook=settings.click2dial_webhook,
+                redis_url=settings.click2dial_redis,
+                version=settings.click2dial_version,
+                time_scale=settings.dial_time_scale,
+                seed=settings.seed,
+                host=settings.host,
+                port=settings.click2dial_port,
+                clock=clock,
+            )
+        self._running = AsyncExitStack()
         self.behind_s = 0.0
         """How late the last message was, against the rate."""
         self._clock = clock
@@ -187,6 +215,8 @@ class Simulator:
         self.gws.control("POST", "/simulator/play", self._post_play)
         self.gws.control("POST", "/simulator/finish", self._post_finish)
         self.gws.control("POST", "/simulator/burst", self._post_burst)
+        self.gws.control("POST", "/simulator/noojee", self._post_noojee)
+        self.gws.control("POST", "/simulator/click2dial", self._post_click2dial)
 
     @property
     def url(self) -> str:
@@ -204,13 +234,18 @@ class Simulator:
         return self.gws.faults
 
     async def __aenter__(self) -> Self:
-        await self.gws.__aenter__()
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.gws)
+            for party in (self.noojee, self.click2dial):
+                if party is not None:
+                    await stack.enter_async_context(party)
+            self._running = stack.pop_all()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.gws.__aexit__(kind, error, trace)
+        await self._running.__aexit__(kind, error, trace)
 
     # Playing. -----------------------------------------------------------------------------------
 
@@ -392,16 +427,56 @@ class Simulator:
     # The control API: what `listener simulate` is driven by from another process. -----------------
 
     async def _get_stats(self, _request: web.Request) -> web.StreamResponse:
-        return json_response(self.stats())
+        parties = (("noojee", self.noojee), ("click2dial", self.click2dial))
+        urls = {name: party.url for name, party in parties if party is not None}
+        return json_response(self.stats() | urls)
 
     async def _get_truth(self, request: web.Request) -> web.StreamResponse:
-        return json_response(self.truth().as_json(messages="messages" in request.query))
+        truth = self.truth().as_json(messages="messages" in request.query)
+        for name, party in (("noojee", self.noojee), ("click2dial", self.click2dial)):
+            if party is not None:
+                truth[name] = party.truth()
+        return json_response(truth)
 
     async def _post_play(self, request: web.Request) -> web.StreamResponse:
         """`{"seconds": n}` or `{"notifications": n}`: plays, and answers when it is done."""
         body = await request.json()
         count = await self.play(body.get("seconds"), notifications=body.get("notifications"))
         return json_response({"notifications": count})
+
+    async def _post_noojee(self, request: web.Request) -> web.StreamResponse:
+        """What `_party` takes, or `{"call": script, "extension": e}`, `{"monitor": e}`,
+        `{"restart": true}`."""
+        if self.noojee is None:
+            raise SettingsError("simulator: it was started without Noojee")
+        said: dict[str, Any] = await request.json()
+        match said:
+            case {"call": str(script), "extension": str(extension), **details}:
+                self.noojee.call(extension, script, **details)
+            case {"monitor": str(extension)}:
+                self.noojee.monitor(extension)
+            case {"restart": _}:
+                await self.noojee.restart()
+            case _:
+                _party(self.noojee.faults, said)
+        return json_response({"ok": True})
+
+    async def _post_click2dial(self, request: web.Request) -> web.StreamResponse:
+        """What `_party` takes, or `{"call": script, "agent": a, "callee": c}`, `{"record": fault}`, or
+        `{"records": {fault: chance}}`."""
+        if self.click2dial is None:
+            raise SettingsError("simulator: it was started without Click2Dial")
+        said: dict[str, Any] = await request.json()
+        match said:
+            case {"call": str(script), "agent": str(agent), "callee": str(callee), **details}:
+                self.click2dial.call(agent, callee, script, **details)
+            case {"record": str(fault), **details}:
+                self.click2dial.arm_record(fault, **details)
+            case {"records": dict(rates)}:
+                self.click2dial.records_at_random(rates)
+            case _:
+                _party(self.click2dial.faults, said)
+        return json_response({"ok": True})
 
     async def _post_finish(self, _request: web.Request) -> web.StreamResponse:
         """Lets every call end, and answers when all is delivered."""
@@ -416,6 +491,19 @@ class Simulator:
         burst = self.prepare_burst(int(body["notifications"]))
         seconds = await self.burst(burst)
         return json_response({"notifications": burst.size, "seconds": seconds})
+
+
+def _party(faults: ExchangeFaults, body: dict[str, Any]) -> None:
+    """`{"fault": name, …}`, `{"random": {name: chance}}` or `{"clear": true}`."""
+    match body:
+        case {"fault": str(kind), **details}:
+            faults.arm(kind, **details)
+        case {"random": dict(rates), **details}:
+            faults.at_random(rates, **details)
+        case {"clear": _}:
+            faults.clear()
+        case other:
+            raise SettingsError(f"simulator: no such request: {other}")
 
 
 async def run_simulator(

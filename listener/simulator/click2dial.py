@@ -230,7 +230,11 @@ class Click2DialServer(Party):
         return {"calls": [asdict(call) for call in self.calls], "faults": dict(self.faults.struck)}
 
     def _begin(self, agent: str, callee: str, script: str, reference: str) -> Click2DialCall:
-        how = SCRIPTS[script]
+        how = SCRIPTS.get(script)
+        if how is None:
+            raise SettingsError(
+                f"simulator: no such Click2Dial script {script!r}; write one of {', '.join(SCRIPTS)}"
+            )
         fault = self._armed.pop(0) if self._armed else ""
         if not fault and self._rates:
             chance = self._rng.random()

@@ -35,7 +35,7 @@ class SimulatorSettings:
     password: str = "simulated"  # noqa: S105 - made up, for loopback
     """The password of every account; logins are agent5000, agent5001, …"""
     dial_time_scale: float = 1.0
-    """What the delays of calls dialled over REST are multiplied by: 0.01 makes them a hundred times
+    """What the delays of calls dialled by request are multiplied by: 0.01 makes them a hundred times
     faster."""
     v3_channel: str = CALLS_CHANNEL
     """Where messages of the v3 dialect go. Workspace v3 itself uses /workspace/v3/voice; the default
@@ -47,6 +47,19 @@ class SimulatorSettings:
     host: str = "127.0.0.1"
     port: int = 0
     """0: any free one."""
+
+    # The PBXs beside it, each a server of its own.
+    noojee: bool = False
+    noojee_port: int = 0
+    noojee_key: str = "simulated-key"
+    click2dial: bool = False
+    click2dial_port: int = 0
+    click2dial_version: int = 3
+    """Below 3 its records have the spelling before v3.0.0."""
+    click2dial_webhook: str | None = None
+    """Where it posts its records."""
+    click2dial_redis: str | None = None
+    """The Redis on whose lists it puts them."""
 
     # GWS.
     csrf: bool = False

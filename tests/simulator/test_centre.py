@@ -7,6 +7,9 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
+
+from aiohttp import ClientSession
 
 from listener.simulator.centre import Simulator, Truth, run_simulator
 from listener.simulator.scripts import SCRIPTS, Dialect, Quirks
@@ -231,6 +234,48 @@ async def test_run_simulator_plays_and_tells() -> None:
     stop = asyncio.Event()
     stop.set()
     assert (await run_simulator(settings, stop=stop, playing=False)).sent == 0
+
+
+async def test_the_pbxs_beside_it(start: Start) -> None:
+    """They run where the settings ask for them, do what they are told over HTTP, and are in the truth."""
+    async with (
+        start(noojee=True, click2dial=True, dial_time_scale=0.001) as simulator,
+        ClientSession() as http,
+    ):
+
+        async def tell(path: str, body: dict[str, Any]) -> int:
+            async with http.post(f"{simulator.url}/simulator/{path}", json=body) as response:
+                return response.status
+
+        noojee, click2dial = simulator.noojee, simulator.click2dial
+        assert noojee is not None
+        assert click2dial is not None
+        assert await tell("noojee", {"monitor": "204"}) == 200
+        assert await tell("noojee", {"call": "inbound_busy", "extension": "204"}) == 200
+        assert await tell("noojee", {"fault": "refuse", "on": "dial"}) == 200
+        assert await tell("click2dial", {"record": "lost"}) == 200
+        assert await tell("click2dial", {"call": "busy", "agent": "204", "callee": "0820004417"}) == 200
+        assert await tell("click2dial", {"call": "melted", "agent": "204", "callee": "0820004417"}) == 400
+        assert await tell("noojee", {"melt": True}) == 400
+        await noojee.idle()
+        await click2dial.idle()
+        async with http.get(f"{simulator.url}/simulator/truth") as response:
+            truth = await response.json()
+        assert [call["statuses"] for call in truth["noojee"]["calls"]] == [["Busy"]]
+        assert [(call["script"], call["sent"]) for call in truth["click2dial"]["calls"]] == [("busy", 0)]
+        async with http.get(f"{simulator.url}/simulator/stats") as response:
+            stats = await response.json()
+        assert (stats["noojee"], stats["click2dial"]) == (noojee.url, click2dial.url)
+        for url in (
+            noojee.url + "/servicemanager/rest/CallManagementAPI/dial",
+            click2dial.url + "/click2dial/calls",
+        ):
+            async with http.post(url) as response:
+                assert response.status in (200, 400)
+    async with start() as simulator, ClientSession() as http:
+        async with http.post(f"{simulator.url}/simulator/noojee", json={"clear": True}) as response:
+            assert response.status == 400
+        assert "noojee" not in (await (await http.get(f"{simulator.url}/simulator/truth")).json())
 
 
 async def test_it_runs_as_a_process_of_its_own() -> None:
