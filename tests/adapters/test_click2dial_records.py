@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import aiohttp
@@ -24,9 +24,11 @@ from listener.adapters.click2dial import (
 )
 from listener.core.calls import GAP_CAUSES, Notification
 from listener.core.decode import decode
+from listener.core.dialling import Accepted, Elapsed, MatchConfidence, System, advance, match, placed
+from listener.core.pbx import click2dial_fact, click2dial_sighting
 from listener.errors import SettingsError
 from listener.pipeline import Pipeline
-from listener.simulator.click2dial import Click2DialServer
+from listener.simulator.click2dial import SCRIPTS, Click2DialServer
 from listener.store.journal import Journal
 from tests.simulator.conftest import until
 from tests.support.redis import RedisServer, emptied
@@ -315,6 +317,35 @@ async def test_a_wrong_password_is_said(redis: Redis, redis_url: str) -> None:
     finally:
         await redis.config_set("requirepass", "")
     assert "the-wrong-one" not in ears.said[0][1]
+
+
+# ── What can be known ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+async def test_a_dial_ends_as_its_record_proves(script: str, version: int) -> None:
+    """Every script of the simulator, by its record alone: its outcome, or unknown."""
+    ears = Ears()
+    callee = "0820004417"
+    settings: dict[str, Any] = {"scripts": {callee: script}, "version": version, "time_scale": FAST}
+    at = datetime.now(UTC) - timedelta(seconds=1)  # noqa: TID251 - before the simulator's own
+    async with (
+        listening(Click2DialWebhook(TOKEN, ears)) as url,
+        Click2DialServer(webhook=f"{url}?token={TOKEN}", **settings) as server,
+    ):
+        call = server.call("204", callee, script, reference="attempt-1")
+        await server.idle()
+    made = placed("d1", 1, System.CLICK2DIAL, callee, at, device="204", reference="attempt-1")
+    dialled = advance(made, Accepted(), at).dial
+    for each in ears.heard:
+        assert each.record is not None
+        found = match([made], click2dial_sighting(each.record, each.received_at, 1))
+        assert found.confidence is MatchConfidence.CERTAIN
+        dialled = advance(dialled, click2dial_fact(each.record), each.received_at).dial
+    if dialled.deadline_at is not None:
+        dialled = advance(dialled, Elapsed(), dialled.deadline_at).dial
+    assert dialled.outcome == call.known
 
 
 # ── To the store ──────────────────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from random import Random
 from typing import Any
 
@@ -17,8 +17,10 @@ from listener.adapters import noojee
 from listener.adapters.noojee import EVENTS_MAX, RETRY_S_MAX, NoojeeEvents, NoojeeHeard, NoojeePlace
 from listener.core.calls import GAP_CAUSES, Notification
 from listener.core.decode import decode
+from listener.core.dialling import Accepted, Elapsed, System, advance, match, placed
+from listener.core.pbx import noojee_fact, noojee_sighting
 from listener.pipeline import Pipeline
-from listener.simulator.noojee import API, NoojeeServer
+from listener.simulator.noojee import API, SCRIPTS, NoojeeServer
 from listener.store.journal import Journal
 from tests.simulator.conftest import until
 from tests.test_pipeline import Counts, running
@@ -585,3 +587,29 @@ async def _part_of_a_run(
     kept = ears.kept[-1] if ears.kept else place
     assert kept is not None
     return kept
+
+
+# ── What can be known ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("script", sorted(name for name, how in SCRIPTS.items() if not how.inbound))
+async def test_a_dial_ends_as_its_events_prove(script: str) -> None:
+    """Every script of the simulator, by what is heard of it alone: its outcome, or unknown."""
+    ears = Ears()
+    async with NoojeeServer(scripts={NUMBER: script}, time_scale=FAST) as server:
+        async with hearing(events_of(server.url, ears), "204"):
+            await dial(server)
+            await server.idle()
+            await until(lambda: len(ears.statuses()) == len(server.calls[0].statuses))
+        at = datetime.now(UTC)  # noqa: TID251 - the simulator's own
+        dialled = advance(
+            placed("d1", 1, System.NOOJEE, NUMBER, at, device="SIP/204"), Accepted("1"), at
+        ).dial
+        for each in ears.events:
+            assert each.event is not None
+            seen = noojee_sighting(each.event, each.received_at, 1)
+            assert dialled.call is not None or match([dialled], seen).dial is not None
+            dialled = advance(dialled, noojee_fact(each.event), each.received_at).dial
+        if dialled.deadline_at is not None:
+            dialled = advance(dialled, Elapsed(), dialled.deadline_at).dial
+        assert dialled.outcome == server.calls[0].known
