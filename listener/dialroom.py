@@ -357,6 +357,7 @@ class _Place:
         """Keeps it, wholly or not at all."""
         beside = self._path.with_suffix(".new")
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             beside.write_text(json.dumps({"generation": place.generation, "seq": place.seq}))
             beside.replace(self._path)
         except OSError as error:

@@ -238,7 +238,8 @@ class DialWatch:
         if isinstance(item, Trouble):
             return self._beyond(item.account, item.notification)
         call = item.call
-        return call.direction is Direction.OUTBOUND or self._dials.concerned(call)
+        outbound = call.direction is Direction.OUTBOUND
+        return outbound or self._dials.concerned(call) or self._system_of(call.account) is not System.GWS
 
     async def place(
         self, dial: Dial, key: str | None = None, request: JsonObject | None = None
@@ -392,7 +393,7 @@ class DialWatch:
 
     async def _look_around(self, items: Sequence[_Item], now: datetime) -> None:
         """Know what the store knows, and we must: placed dials of other processes, dials beyond our bound."""
-        begun = {item.call.account for item in items if isinstance(item, Told) and self._new(item)}
+        begun = {item.call.account for item in items if isinstance(item, Told) and _dials(item)}
         if begun:
             known = [dial.id for account in begun for dial in self._dials.unclaimed(account)]
             for dial in await self._store.unclaimed(begun, known):
@@ -405,11 +406,6 @@ class DialWatch:
             for dial in await self._store.overdue(now - timedelta(seconds=TICK_S), BATCH_MAX):
                 self._dials.keep(dial, beyond=True)
             self._swept_at = self._clock()
-
-    def _new(self, item: Told) -> bool:
-        """The first message about a call that was not told yet."""
-        begins = item.began and item.call.direction is Direction.OUTBOUND
-        return begins and self._beyond(item.call.account, item.call.id)
 
     def _beyond(self, account: int, notification: int) -> bool:
         mark = self._marks.get(account)
@@ -437,8 +433,9 @@ class DialWatch:
             if advance is None:
                 self._dials.forget(one.dial)
             else:
+                before = self._dials.known(one.dial)
                 self._dials.keep(advance.dial)
-                self._show(advance)
+                self._show(advance if advance.changed or before is None else _since(before, advance.dial))
             if place in answers:
                 _answer(answers[place], None if advance is None else advance.dial)
         for place in answers:
@@ -485,16 +482,21 @@ class DialWatch:
                 self._marks[account] = self._passed[account] = mark
 
     def _call(self, item: Told) -> list[News]:
-        call = item.call
-        if self._system_of(call.account) is System.CLICK2DIAL:
-            return []  # met at its end, and the record that says so was `sighted`: it is no other dial's
+        call, system = item.call, self._system_of(item.call.account)
         fact = CallHeard(call)
         mine = self._dials.of_call(call.id)
+        named = None if system is System.GWS else self._dials.of_key(system, call.call_id)
+        if mine is None and named is not None:
+            # Its PBX said more of it than its call shows, and may have ended the dial with that already.
+            told = None if system is System.CLICK2DIAL else fact
+            return [News(named, item.at, told, item.notification, call=call.id)]
+        if system is System.CLICK2DIAL:
+            return []  # met at its end, which only its record tells: it is no other dial's
         if mine is not None and mine.origin is Origin.PLACED:
             return [News(mine.id, item.at, fact, item.notification)]
         if mine is None and self._dials.ended(call.id):
             return []
-        seen = sighting(call, self._system_of(call.account))
+        seen = sighting(call, system)
         found = match(self._dials.candidates(seen), seen)
         if mine is not None:
             # Only a reference, which came late, says that it is not just overheard.
@@ -509,7 +511,7 @@ class DialWatch:
             if self._dials.doubt(call.id):
                 self._observer.dial_ambiguous()
             return [_found(dial, found, item) for dial in found.candidates]
-        if self._new(item) and (opened := overheard(call, seen.system, self._deadlines)) is not None:
+        if _dials(item) and (opened := overheard(call, seen.system, self._deadlines)) is not None:
             self._dials.keep(opened)
             return [News(opened.id, item.at, fact, item.notification, opens=opened)]
         return []
@@ -541,6 +543,24 @@ class DialWatch:
             self._observer.dial_unmatched("report")
             self._log.warning("a report of a call fits no dial", system=str(item.seen.system))
         return []
+
+
+def _dials(item: Told) -> bool:
+    """Whether a call begins with this message in Dialing."""
+    return item.began and item.call.direction is Direction.OUTBOUND
+
+
+def _since(before: Dial, after: Dial) -> Advance:
+    """What became of a dial since we saw it: it was changed by a transaction whose answer was lost, or by
+    another process."""
+    return Advance(
+        after,
+        changed=after != before,
+        ringing=before.ringing_at is None and after.ringing_at is not None,
+        connected=before.connected_at is None and after.connected_at is not None,
+        ended=before.outcome is None and after.outcome is not None,
+        corrected=after.corrected and not before.corrected,
+    )
 
 
 def _found(dial: Dial, found: Match, item: Told, fact: Fact | None = None, merges: str | None = None) -> News:
@@ -660,10 +680,14 @@ class _Waiting:
         self._by_call[call] = dial.id
         self._unclaim(dial)
 
+    def known(self, id: str) -> Dial | None:
+        """The dial as it was when it was kept."""
+        return self._dials.get(id) or self._late.get(id)
+
     def of_call(self, call: int) -> Dial | None:
         """The dial that is this call."""
         id = self._by_call.get(call)
-        return None if id is None else self._dials.get(id) or self._late.get(id)
+        return None if id is None else self.known(id)
 
     def ended(self, call: int) -> bool:
         """Whether the call was a dial that has ended for good."""

@@ -59,7 +59,7 @@ class News(Struct, frozen=True, gc=False):
     """The message that says so. What is not newer than the last that the dial was told is left out."""
     found: Match | None = None
     call: int | None = None
-    """The call that was found to be the dial's."""
+    """The call that was found to be the dial's; without `found`, by the name that its system has for it."""
     opens: Dial | None = None
     """The dial as it begins, if there is none yet: an overheard one."""
     merges: str | None = None

@@ -231,9 +231,13 @@ class _Work:
 
     def _found(self, kept: _Kept, news: News) -> bool:
         """Write down the call that was found for it, or that there are several dials which it may be."""
-        if news.found is None:
-            return False
         before = kept.dial
+        if news.found is None:
+            if news.call is None or before.call is not None:
+                return False
+            kept.dial = structs.replace(before, call=news.call)
+            self._note(kept, news, kind="match", said="by its system's name for the call")
+            return True
         kept.dial = linked(before, news.found, news.call)
         if kept.dial == before:
             return False
