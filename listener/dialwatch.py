@@ -393,7 +393,7 @@ class DialWatch:
 
     async def _look_around(self, items: Sequence[_Item], now: datetime) -> None:
         """Know what the store knows, and we must: placed dials of other processes, dials beyond our bound."""
-        begun = {item.call.account for item in items if isinstance(item, Told) and _dials(item)}
+        begun = {item.call.account for item in items if isinstance(item, Told) and self._new(item)}
         if begun:
             known = [dial.id for account in begun for dial in self._dials.unclaimed(account)]
             for dial in await self._store.unclaimed(begun, known):
@@ -406,6 +406,11 @@ class DialWatch:
             for dial in await self._store.overdue(now - timedelta(seconds=TICK_S), BATCH_MAX):
                 self._dials.keep(dial, beyond=True)
             self._swept_at = self._clock()
+
+    def _new(self, item: Told) -> bool:
+        """The first message about a call that begins in Dialing, and was not told yet."""
+        begins = item.began and item.call.direction is Direction.OUTBOUND
+        return begins and self._beyond(item.call.account, item.call.id)
 
     def _beyond(self, account: int, notification: int) -> bool:
         mark = self._marks.get(account)
@@ -511,7 +516,7 @@ class DialWatch:
             if self._dials.doubt(call.id):
                 self._observer.dial_ambiguous()
             return [_found(dial, found, item) for dial in found.candidates]
-        if _dials(item) and (opened := overheard(call, seen.system, self._deadlines)) is not None:
+        if self._new(item) and (opened := overheard(call, seen.system, self._deadlines)) is not None:
             self._dials.keep(opened)
             return [News(opened.id, item.at, fact, item.notification, opens=opened)]
         return []
@@ -543,11 +548,6 @@ class DialWatch:
             self._observer.dial_unmatched("report")
             self._log.warning("a report of a call fits no dial", system=str(item.seen.system))
         return []
-
-
-def _dials(item: Told) -> bool:
-    """Whether a call begins with this message in Dialing."""
-    return item.began and item.call.direction is Direction.OUTBOUND
 
 
 def _since(before: Dial, after: Dial) -> Advance:

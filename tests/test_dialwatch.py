@@ -195,6 +195,11 @@ async def test_the_same_batch_again_changes_nothing(journal: Journal, sql: async
         await here.settle()
         assert (await rows(sql), await sql.fetch("SELECT * FROM dial_fact")) == (before, told)
         assert here.counts.advances == shown
+    async with site(journal) as here:
+        here.watch.recorded(recorded)
+        await here.settle()
+        assert await rows(sql) == before
+        assert here.counts.advances == []
 
 
 async def test_what_a_crash_left_untold_is_told_at_the_start(
@@ -263,13 +268,15 @@ async def test_a_full_queue_loses_nothing(journal: Journal, sql: asyncpg.Connect
 
 
 async def test_an_answer_that_was_lost_changes_nothing(journal: Journal, sql: asyncpg.Connection) -> None:
-    """The same news are handed in again, and the dials know them already."""
+    """The same news are handed in again, the dials know them already, and all is shown once."""
     async with site(journal) as here:
         here.dials.lose_answers = 1
         await here.hear(*out(Line(), "Dialing", "Established", "Released"))
         (row,) = await rows(sql)
         assert row["outcome"] == "answered"
         assert await facts(sql, row["id"]) == [("call", "Established"), ("call", "Released")]
+        assert [dial.outcome for dial in here.counts.ended] == [Outcome.ANSWERED]
+        assert [advance.connected for advance in here.counts.advances].count(True) == 1
 
 
 # ── placed ────────────────────────────────────────────────────────────────────────────────────────────

@@ -216,6 +216,19 @@ async def test_what_is_stored_is_what_the_core_says(dials: Dials, again: Dials) 
     assert here.confidence is Confidence.INFERRED
 
 
+async def test_two_that_tell_at_the_same_time_take_turns(
+    dials: Dials, again: Dials, sql: asyncpg.Connection
+) -> None:
+    """Each fact is folded into what the one before left, and none is lost."""
+    await dials.place(asked())
+    telling = [(dials, again)[turn % 2].take(news(("d", Accepted(str(turn))))) for turn in range(30)]
+    told = [advance for (advance,) in await asyncio.gather(*telling) if advance is not None]
+    assert [advance.changed for advance in told].count(True) == 1
+    assert {advance.dial.session for advance in told} == {advance.dial.session for advance in told[:1]}
+    rows = await sql.fetch("SELECT ordinal FROM dial_fact ORDER BY ordinal")
+    assert [row[0] for row in rows] == list(range(30))
+
+
 async def test_an_older_message_is_not_told_again(
     journal: Journal, dials: Dials, sql: asyncpg.Connection
 ) -> None:
@@ -227,7 +240,9 @@ async def test_an_older_message_is_not_told_again(
     two = News(opened.id, T0, CallHeard(last.call), ids[2], opens=opened)
     told = await dials.take([one, two, one])
     assert [advance.changed for advance in told if advance is not None] == [False, True, False]
+    error = News(opened.id, T0, Reported(CAUSE), ids[1])
     before = await sql.fetch("SELECT * FROM dial_fact")
+    assert await dials.take([error, one]) == [Advance(told[1].dial)] * 2  # type: ignore[union-attr] # it is
     assert await dials.take([one, two]) == [Advance(told[1].dial)] * 2  # type: ignore[union-attr] # it is
     assert await sql.fetch("SELECT * FROM dial_fact") == before
 
