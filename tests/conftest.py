@@ -14,7 +14,7 @@ from tests.support.database import database, empty_database, journal, postgres, 
 from tests.support.leftovers import UNHEARD, Before, tasks_left
 from tests.support.outage import fragile, fragile_database
 from tests.support.peers import cometd_peer, faye_peer, node, tcp_proxy
-from tests.support.redis import fragile_redis, redis, redis_program, redis_running, redis_url
+from tests.support.redis_server import fragile_redis, redis, redis_program, redis_running, redis_url
 
 __all__ = [
     "cometd_peer",

@@ -31,7 +31,7 @@ from listener.pipeline import Pipeline
 from listener.simulator.click2dial import SCRIPTS, Click2DialServer
 from listener.store.journal import Journal
 from tests.simulator.conftest import until
-from tests.support.redis import RedisServer, emptied
+from tests.support.redis_server import RedisServer, emptied
 from tests.test_pipeline import Counts, running
 
 TOKEN = "t0ken-of-the-webhook"
