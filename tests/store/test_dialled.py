@@ -228,11 +228,13 @@ async def test_a_hundred_thousand_dials_are_answered_for_in_a_second(
     await sql.execute(MANY, T0)
     await sql.execute("ANALYZE dial")
     took_s = []
+    periods = []
     for _ in range(3):  # the machine does other things too
         began = time.perf_counter()
-        now, before = await history.tallies(at(58), at(120))
+        periods = list(await history.tallies(at(58), at(120)))
         took_s.append(time.perf_counter() - began)
-        assert sum(each.dials for each in (*now, *before)) == 100_000
+    now, before = periods
+    assert sum(each.dials for each in (*now, *before)) == 100_000
     assert min(took_s) < 1
     assert explain(now, before).now.dials == sum(each.dials for each in now)
     began = time.perf_counter()
