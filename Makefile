@@ -1,9 +1,11 @@
 # Needs python3 (3.11 or newer) with pip, and make. All else is fetched into .venv and tests/peers/node_modules.
 #   PYTHON=python3.12 make test     another interpreter
 #   DEMO_SECONDS=20 make demo       a demo that ends by itself and checks itself
+#   TESTS_AT_ONCE=1 make test       one test after the other
 #   SOAK_MINUTES=30 SOAK_SEED=7 make soak   also SOAK_ACCOUNTS (20), SOAK_RATE (30 notifications a second)
 
 PYTHON ?= python3
+TESTS_AT_ONCE ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -41,7 +43,7 @@ contracts: $(INSTALLED)
 
 tests: $(INSTALLED) $(PEERS)
 	@echo "· pytest"
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n $(TESTS_AT_ONCE) --dist worksteal
 
 bench: $(INSTALLED) ## the performance promises, a JSON line each
 	@$(BIN)/python -m benchmarks
