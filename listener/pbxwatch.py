@@ -23,6 +23,8 @@ import structlog
 from listener.core.calls import Cover, Heard
 from listener.core.dialling import Dial, Fact, Sighting, extension
 
+STOPPED = "stopped"
+
 TELL_S = 5.0
 """How long the dials are waited for while the database is away. What they are not told then they are told by
 the journal, as far as that says it; a dial that hears of no end has its deadline."""
@@ -116,7 +118,9 @@ class PbxWatch:
 
     def covered(self, cause: str, detail: str, at: datetime) -> None:
         """From now on the PBX is heard (`cause` empty), or not, and why."""
-        if cause:
+        if cause == STOPPED:
+            self._log.info("a pbx is listened to no more", pbx=self.name)
+        elif cause:
             self._log.error("a pbx is not heard", pbx=self.name, cause=cause, detail=detail)
         else:
             self._log.info("a pbx is heard", pbx=self.name)
@@ -130,7 +134,7 @@ class PbxWatch:
 
     def end(self, at: datetime) -> None:
         """It is listened to no more."""
-        self.covered("stopped", "the listener stops", at)
+        self.covered(STOPPED, "the listener stops", at)
 
     def _vouched(self) -> datetime | None:
         return self._wall() - timedelta(seconds=self._answers_s)

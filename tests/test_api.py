@@ -45,7 +45,7 @@ async def ended(client: Client, id: str) -> dict[str, Any]:
         ("noojee", {"number": "0383208100", "extenOrUniqueId": "SIP/101"}, "answered"),
         (
             "click2dial",
-            {"agent": "201", "callee": "0820001234", "outbound_id": "27820001234"},
+            {"agent": "2001", "callee": "0820001234", "outbound_id": "27820001234"},
             "answered",
         ),
     ],

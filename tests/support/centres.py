@@ -26,16 +26,18 @@ class Centres:
     noojee: NoojeeServer
     click2dial: Click2DialServer
     redis_url: str
+    lines: int
+    """Extensions of each PBX."""
 
     @property
     def extensions(self) -> dict[str, str]:
         """Noojee's, with their accounts."""
-        return {str(number): f"desk{number}" for number in range(101, 101 + len(self.gws.accounts))}
+        return {str(number): f"desk{number}" for number in range(101, 101 + self.lines)}
 
     @property
     def desks(self) -> dict[str, str]:
         """Click2Dial's, with their accounts."""
-        return {str(number): f"c2d{number}" for number in range(201, 201 + len(self.gws.accounts))}
+        return {str(number): f"c2d{number}" for number in range(2001, 2001 + self.lines)}
 
     def settings(self, dsn: str, *, limits: Mapping[str, Any] | None = None, **fields: Any) -> Settings:
         """Settings by which all of them are heard and may be dialled."""
@@ -112,6 +114,7 @@ async def centres(
     redis_url: str,
     *,
     accounts: int = 3,
+    lines: int = 3,
     scale: float = 0.01,
     seed: int = 1,
     noojee: Mapping[str, Any] | None = None,
@@ -130,5 +133,6 @@ async def centres(
                 Click2DialServer(redis_url=redis_url, time_scale=scale, seed=seed, **(click2dial or {}))
             ),
             redis_url,
+            lines,
         )
         yield made
