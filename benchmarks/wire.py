@@ -33,7 +33,7 @@ from listener.adapters.genesys import GenesysClient
 from listener.core.calls import Heard, Recorded
 from listener.core.session import Fact, Saved, Subscribed
 from listener.daemon import calm_collector
-from listener.pipeline import Pipeline
+from listener.pipeline import WRITERS, Pipeline
 from listener.store import migrate
 from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
@@ -168,7 +168,7 @@ async def _stored(dsn: str) -> tuple[list[float], list[float], _Delays]:
     """Rates with the rule and without it, in turn, in one run."""
     rates: dict[bool, list[float]] = {False: [], True: []}
     delays = _Delays()
-    async with centre(ACCOUNTS) as site, await Journal.open(dsn) as journal:
+    async with centre(ACCOUNTS) as site, await Journal.open(dsn, connections=WRITERS) as journal:
         numbers = await journal.register([AccountRow(login, "", "bench") for login in site.logins])
         ids = [numbers[login] for login in site.logins]
         pipeline = Pipeline(journal, delays)
@@ -188,7 +188,10 @@ async def _stored(dsn: str) -> tuple[list[float], list[float], _Delays]:
 async def _latency(dsn: str, *, one_commit_each: bool) -> list[float]:
     """Milliseconds from the wire to the commit at a steady rate."""
     delays = _Delays()
-    async with centre(ACCOUNTS, rate=LATENCY_RATE) as site, await Journal.open(dsn) as journal:
+    async with (
+        centre(ACCOUNTS, rate=LATENCY_RATE) as site,
+        await Journal.open(dsn, connections=WRITERS) as journal,
+    ):
         numbers = await journal.register([AccountRow(login, "", "bench") for login in site.logins])
         ids = [numbers[login] for login in site.logins]
         if one_commit_each:
