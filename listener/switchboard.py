@@ -475,10 +475,12 @@ def answered(said: Acknowledgement) -> None:
         case Accepted():
             return
         case Refused():
-            raise RemoteError(f"{said.cause.system} refused: {said.cause} {said.cause.text}".rstrip())
+            text = f"{said.cause.system} refused: {said.cause} {said.cause.text}".rstrip()
+            raise RemoteError(f"{text}; see whether it knows the extension and the call")
         case NotAnswered():
             sent = "it may have been done" if said.sent else "nothing was sent"
-            raise RemoteError(f"{said.system} did not answer, {sent}: {said.text}".rstrip(": "))
+            text = f"{said.system} did not answer, {sent}: {said.text}".rstrip(": ")
+            raise RemoteError(f"{text}; look at its base_url, the network and the call")
         case _:
             assert_never(said)
 
