@@ -10,19 +10,22 @@ import socket
 import subprocess
 import sys
 import termios
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
 from listener import __version__, cli
-from listener.cli import decoded_lines, dialable, main, moment, parser, split_messages
+from listener.cli import decoded_lines, dialable, main, parser, split_messages
 from listener.core.calls import Cover, Entry, Heard
 from listener.core.decode import decode as decoding
+from listener.core.moments import moment
 from listener.errors import (
     ListenerError,
     LoginRefused,
@@ -33,6 +36,8 @@ from listener.errors import (
 )
 from listener.store.journal import AccountRow, Journal
 from listener.store.spool import Spool
+from tests.support.centres import Centres, centres
+from tests.support.running import InProcess
 
 NOON = datetime(2026, 3, 2, 12, tzinfo=UTC)
 
@@ -840,3 +845,170 @@ def test_spool_verify_is_1_when_a_record_is_damaged(
     assert code == 1
     assert "set aside as damaged: 000000000001-40.damaged" in out
     assert _run(capsys, "spool")[0] == 0
+
+
+# ── Dials ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+async def dialling(
+    redis_url: str, database: str, tmp_path: Path
+) -> AsyncIterator[tuple[Centres, Callable[..., Awaitable[int]]]]:
+    """A listener that runs, with all three systems; and the command line, which finds it by its settings."""
+    async with centres(redis_url) as there, InProcess(there.settings(database)).running() as listener:
+        room = listener.daemon._room
+        assert room is not None
+        config = tmp_path / "listener.toml"
+        config.write_text(there.toml(database).replace("[api]\nport = 0", f"[api]\nport = {room.port}"))
+
+        # What the listener logs is no answer of the command line's.
+        structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=io.StringIO()))
+
+        async def run(*arguments: str) -> int:
+            return await asyncio.to_thread(main, (*arguments, "-c", str(config)))
+
+        try:
+            yield there, run
+        finally:
+            structlog.reset_defaults()
+
+
+async def test_dials_are_placed_followed_and_told(
+    dialling: tuple[Centres, Callable[..., Awaitable[int]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From `dial --wait` over the list and one dial's facts to why: each is asked of the same dials."""
+    there, run = dialling
+    there.click2dial.scripts |= {"0820001234": "answered", "0820001235": "busy"}
+    click2dial = ("dial", "click2dial", "--agent", "2001", "--outbound-id", "27110009000")
+    assert await run("dial", "gws", "--by", "agent5000", "5001", "--wait") == cli.OK
+    states = capsys.readouterr().out.splitlines()
+    id = states[0].split()[0]
+    assert {line.split()[0] for line in states} == {id}
+    assert states[-1] == f"{id} answered"
+    assert await run(*click2dial, "0820001235", "--wait", "-o", "json", "--key", "k1") == cli.NEGATIVE
+    busy = json.loads(capsys.readouterr().out)
+    assert (busy["outcome"], busy["cause"]["code"], busy["key"]) == ("busy", "busy 17", "k1")
+    assert await run(*click2dial, "0820001234") == cli.OK
+    assert capsys.readouterr().out.split()[1] in {"accepted", "answered"}
+    assert await run("dials", "--outcome", "answered", "--system", "gws") == cli.OK
+    table = capsys.readouterr().out
+    assert id in table
+    assert busy["id"] not in table
+    assert "1 dial; observed: " in table
+    assert await run("dials", "--cause", "busy 17", "-o", "json") == cli.OK
+    page = json.loads(capsys.readouterr().out)
+    assert [each["id"] for each in page["dials"]] == [busy["id"]]
+    assert await run("dials", busy["id"]) == cli.OK
+    told = capsys.readouterr().out
+    assert "end_reason busy 17" in told
+    assert "certain by reference, number, device, time" in told
+    assert await run("dials", "d-none") == cli.NEGATIVE
+    assert "there is no dial d-none" in capsys.readouterr().err
+    assert await run("dials", "--number", "5999") == cli.NEGATIVE
+    assert "no dials; observed: " in capsys.readouterr().out
+    assert await run("dials", "--why", "--last", "1h") == cli.OK
+    why = capsys.readouterr().out
+    assert "1 of " in why
+    assert "end_reason busy 17" in why
+    assert await run("dials", "--why", "-o", "json") == cli.OK
+    assert json.loads(capsys.readouterr().out)["now"]["failures"] == 1
+
+
+async def test_what_a_dial_is_refused_for_is_said(
+    dialling: tuple[Centres, Callable[..., Awaitable[int]]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """One sentence with the cure, and the exit code that says whose matter it is."""
+    there, run = dialling
+    record = tmp_path / "record.json"
+    record.write_text("[]")
+    cases: list[tuple[int, str, tuple[str, ...]]] = [
+        (cli.USAGE, "number: '50 01' has a blank; write it", ("dial", "gws", "--by", "agent5000", "50 01")),
+        (cli.NEGATIVE, "no account 'eve'; known are agent5000", ("dial", "gws", "--by", "eve", "5001")),
+        (cli.USAGE, "account: does not say by whom to dial; name it", ("dial", "gws", "5001")),
+        (
+            cli.USAGE,
+            "it is no JSON object",
+            ("dial", "preview", "--by", "agent5000", "--record", str(record)),
+        ),
+        (cli.USAGE, "name either the dial, or", ("dial", "hangup")),
+        (cli.NEGATIVE, "there is no dial 'd-none'", ("dial", "hangup", "d-none")),
+        (cli.REMOTE, "noojee refused: Code -1", ("record", "start", "--exten-or-unique-id", "101")),
+        (
+            cli.USAGE,
+            "begins with neither 0, 27 nor 00",
+            ("dial", "click2dial", "--agent", "2001", "--outbound-id", "27110009000", "5001"),
+        ),
+        (cli.REMOTE, "no listener answers at", ("dial", "gws", "5001", "--set", "api.port=9")),
+        (cli.USAGE, "api.port is 0", ("dial", "gws", "5001", "--set", "api.port=0")),
+        (cli.USAGE, "refuses the token", ("dial", "gws", "5001", "--set", "api.token=wrong")),
+    ]
+    for code, said, arguments in cases:
+        assert await run(*arguments) == code, arguments
+        error = capsys.readouterr().err
+        assert said in error, arguments
+        assert error.count("\n") == 1, error
+    assert there.noojee.calls == []
+    assert there.click2dial.calls == []
+
+
+async def test_a_call_of_noojees_is_recorded_answered_and_hung_up(
+    dialling: tuple[Centres, Callable[..., Awaitable[int]]],
+) -> None:
+    """Each command is the request that its vendor's page shows."""
+    there, run = dialling
+    there.noojee._time_scale = 1.0
+    there.noojee.scripts["0383208100"] = "silent"
+    dial = ("dial", "noojee", "0383208100", "--exten-or-unique-id", "SIP/101")
+    assert await run(*dial, "--record", "--tag", "22", "--phone-caption", "My Brand") == cli.OK
+    (call,) = there.noojee.calls
+    assert call.arguments == {
+        "phoneCaption": "My Brand",
+        "number": "0383208100",
+        "extenOrUniqueId": "SIP/101",
+        "monitored": "yes",
+        "record": "true",
+        "tag": "22",
+    }
+    by_id = ("--exten-or-unique-id", call.unique_call_id)
+    call.ended = False  # the script has nothing to say, and the call goes on
+    assert await run("record", "stop", *by_id) == cli.OK
+    call.status = "Ringing"
+    assert await run("dial", "answer", "--unique-id", call.unique_call_id, "--exten", "SIP/101") == cli.OK
+    assert call.status == "Connected"
+    assert await run("dial", "hangup", *by_id) == cli.OK
+    assert call.ended
+    assert [each[0] for each in there.noojee.recordings] == ["stop"]
+
+
+async def test_a_preview_record_is_dialled(
+    dialling: tuple[Centres, Callable[..., Awaitable[int]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The record whole, or the message that brought it."""
+    _, run = dialling
+    record = {
+        "recordHandle": 431,
+        "phoneNumber": "5001",
+        "outboundCallerId": "410004343",
+        "otherFields": {"a": "b"},
+    }
+    message = {"messageType": "OutboundRecordMessage", "notificationType": "PreviewRecord", "record": record}
+    for option, value in (("--record", record), ("--message", message)):
+        path = tmp_path / f"{option}.json"
+        path.write_text(json.dumps(value))
+        told = await run("dial", "preview", "--by", "agent5000", option, str(path), "--wait", "-o", "json")
+        assert told == cli.OK
+        dial = json.loads(capsys.readouterr().out)
+        assert (dial["number"], dial["caller_id"], dial["outcome"]) == ("5001", "410004343", "answered")
+        assert dial["request"]["outboundRecord"] == record
+
+
+def test_without_an_api_nobody_dials(capsys: pytest.CaptureFixture[str]) -> None:
+    """It says which settings are lacking."""
+    assert _run(capsys, "dial", "gws", "5001")[0] == cli.USAGE
+    code, _, error = _run(capsys, "dial", "gws", "5001")
+    assert code == cli.USAGE
+    assert "api.token is not set, so no listener takes dials" in error
