@@ -6,8 +6,10 @@ holds them to it)::
     cli                                what a person types
     demo, answers                      a contact centre to try it on; how answers look
     daemon                             composition root: builds, reloads, stops
-    settings | simulator               file < secrets < environment < flags; a contact centre on loopback
+    dialroom                           builds what places and hears dials
+    settings | simulator | api         file < secrets < environment < flags; a contact centre; dials over HTTP
     pipeline | coverage | operations   JOINS: deliveries to the journal; gaps; /metrics and health
+    dialwatch | switchboard | pbxwatch JOINS: outcomes of dials; who may dial; what PBXs say
     adapters | store | metrics         TALKS: CometD, GWS REST; REMEMBERS: SQL; each metric name, once
     core                               DECIDES: decode, normalise, the Bayeux session; pure
     errors                             what we say to a person

@@ -72,12 +72,12 @@ class Run:
     async def follow(self) -> None:
         """Looks which dials have ended, until cancelled."""
         while True:
+            await asyncio.sleep(0.1)
             rows = await self.sql.fetch("SELECT id, number FROM dial WHERE outcome IS NOT NULL")
             if len(rows) > len(self.ended):
                 self.ended = {row["id"]: row["number"] for row in rows}
                 self.changed.set()
                 self.changed = asyncio.Event()
-            await asyncio.sleep(0.1)
 
     async def until_ended(self, id: str) -> None:
         """Waits for the end of one."""
