@@ -666,6 +666,8 @@ async def _followed(client: "Client", dial: dict[str, Any], options: argparse.Na
 def _outbound_record(options: argparse.Namespace) -> dict[str, Any]:
     """The record of --record, or the message of --message, as JSON."""
     path = options.record or options.message
+    if path is None:
+        return {}
     try:
         raw = (
             sys.stdin.buffer.read(RECORD_BYTES_MAX + 1)
@@ -1274,13 +1276,20 @@ def _dial_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     preview = system(
         "preview",
         "dial the number of an outbound preview record",
-        ("devicePath",),
-        "--by agent5001 --record record.json",
+        ("devicePath", "recordHandle"),
+        "--by agent5001 --record-handle 431",
     )
     preview.add_argument("--by", metavar="ACCOUNT", help="the account; else the only one that may dial")
     preview.add_argument("--device-path", dest="devicePath", metavar="PATH", help="/devices/ID")
     what = preview.add_mutually_exclusive_group(required=True)
     what.add_argument("--record", metavar="FILE", help="the outbound record, whole, as JSON; - for stdin")
+    what.add_argument(
+        "--record-handle",
+        dest="recordHandle",
+        type=int,
+        metavar="HANDLE",
+        help="that of a preview record that the account heard in the last eight hours",
+    )
     what.add_argument("--message", metavar="FILE", help="the message that brought it, as it was heard")
     noojee = system(
         "noojee",

@@ -92,6 +92,7 @@ class DialRoom:
             self.watch,
             call_ids=self._call_ids,
             requested=self.dials.requested,
+            previews=self.dials.previews,
             deadlines=deadlines,
             wall=wall,
         )

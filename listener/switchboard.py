@@ -17,7 +17,7 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Protocol, TypeVar, assert_never
 
 import msgspec
@@ -63,6 +63,9 @@ NAMES_SHOWN_MAX = 10
 
 TELL_S = 10.0
 """How long a caller waits for the store to note that he asked for a hang-up."""
+
+PREVIEW_S_MAX = 8 * 3600.0
+"""How long ago a preview record may have been heard that is dialled by its handle: a shift."""
 
 PREVIEW = "preview"
 """How a GWS dial of an outbound record is called, beside the names of `System`."""
@@ -181,7 +184,8 @@ class Switchboard:
 
     The ways may be changed while it runs: `gws` by the account's name, the others by the PBX's. `call_ids`
     gives the ids by which the outside system knows a call; `requested` what was asked for when a dial was
-    placed.
+    placed; `previews` the messages about outbound records that an account received since then, the newest
+    first.
     """
 
     def __init__(
@@ -190,6 +194,7 @@ class Switchboard:
         *,
         call_ids: Callable[[int], Awaitable[tuple[str, ...]]],
         requested: Callable[[str], Awaitable[JsonObject | None]],
+        previews: Callable[[int, datetime], Awaitable[list[bytes]]],
         deadlines: Deadlines = DEADLINES,
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),  # noqa: TID251 - a shell's default
         new_id: Callable[[], str] = _new_id,
@@ -201,6 +206,7 @@ class Switchboard:
         self._watch = watch
         self._call_ids = call_ids
         self._requested = requested
+        self._previews = previews
         self._deadlines = deadlines
         self._wall = wall
         self._new_id = new_id
@@ -225,7 +231,8 @@ class Switchboard:
 
     async def place(self, fields: JsonObject, key: str | None = None) -> Placed:
         """Place a dial. `fields` are `system` (one of `SYSTEMS`), the `account` or `environment` by which it
-        goes, a `campaign` to group it by, and the request's own parameters by their vendor's names.
+        goes, a `campaign` to group it by, and the request's own parameters by their vendor's names. Of a
+        preview record that was heard, `recordHandle` alone will do, or the `message` that brought it.
 
         It is written down when this returns, and being asked for. Raises `InvalidRequest`, `NotKnown`,
         `NotAllowed`, `KeyReused`, `TooMany` or `StoreError`; in each of these cases nothing is sent.
@@ -238,6 +245,8 @@ class Switchboard:
             )
         asked = _converted({name: value for name, value in fields.items() if name in _OURS}, _Asked)
         own = {name: value for name, value in fields.items() if name not in _OURS}
+        if asked.system == PREVIEW and "recordHandle" in own:
+            own = await self._heard_record(asked, own)
         id = self._new_id()
         ready = self._ready(asked, own, id)
         if self._tasks is None or self._sending >= self._sending_max:
@@ -370,6 +379,22 @@ class Switchboard:
             lambda: way.dial(request),
             device=request.device_path and request.device_path.rpartition("/")[2],
             caller_id=caller_id if isinstance(caller_id, str) and caller_id else None,
+        )
+
+    async def _heard_record(self, asked: _Asked, own: JsonObject) -> JsonObject:
+        """The request with the outbound record that was heard with this handle. Raises as `place`."""
+        way, handle = self._gws_way(asked), own["recordHandle"]
+        for raw in await self._previews(way.account, self._wall() - timedelta(seconds=PREVIEW_S_MAX)):
+            try:
+                record = preview_dial(raw).outbound_record
+            except InvalidRequest:
+                continue  # of a campaign, or of a record that was chained
+            if record.get("recordHandle") == handle:
+                rest = {name: value for name, value in own.items() if name != "recordHandle"}
+                return {"outboundRecord": record, **rest}
+        raise NotKnown(
+            f"{way.name} heard of no preview record {handle!r:.40} lately; have /v2/me/outbound among the "
+            "channels of its environment, or give the record whole"
         )
 
     def _noojee_way(self, environment: str | None) -> NoojeeWay:

@@ -984,10 +984,11 @@ async def test_a_call_of_noojees_is_recorded_answered_and_hung_up(
 
 async def test_a_preview_record_is_dialled(
     dialling: tuple[Centres, Callable[..., Awaitable[int]]],
+    database: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The record whole, or the message that brought it."""
+    """By the handle of one that was heard, as the record whole, or as the message that brought it."""
     _, run = dialling
     record = {
         "recordHandle": 431,
@@ -996,6 +997,20 @@ async def test_a_preview_record_is_dialled(
         "otherFields": {"a": "b"},
     }
     message = {"messageType": "OutboundRecordMessage", "notificationType": "PreviewRecord", "record": record}
+    journal = await Journal.open(database, connections=1)
+    try:
+        ids = await journal.register([AccountRow("agent5000", "", "lab")])
+        raw = json.dumps({"channel": "/v2/me/outbound", "data": message}).encode()
+        now = datetime.now(UTC)  # noqa: TID251 - only what was heard lately is dialled
+        heard = Heard(ids["agent5000"], str(uuid4()), 1, now, "/v2/me/outbound", raw)
+        await journal.record([Entry(heard, decoding(raw))])
+    finally:
+        await journal.close()
+    handle = ("dial", "preview", "--by", "agent5000", "--record-handle")
+    assert await run(*handle, "432") == cli.NEGATIVE
+    assert "heard of no preview record 432 lately" in capsys.readouterr().err
+    assert await run(*handle, "431", "--wait", "-o", "json") == cli.OK
+    assert json.loads(capsys.readouterr().out)["request"]["outboundRecord"] == record
     for option, value in (("--record", record), ("--message", message)):
         path = tmp_path / f"{option}.json"
         path.write_text(json.dumps(value))

@@ -84,7 +84,9 @@ async def working(journal: Journal, **options: Any) -> AsyncIterator[Board]:
     async def call_ids(call: int) -> tuple[str, ...]:
         return (f"1543022361.{call}",)
 
-    board = Switchboard(watch, call_ids=call_ids, requested=dials.requested, **options)
+    board = Switchboard(
+        watch, call_ids=call_ids, requested=dials.requested, previews=dials.previews, **options
+    )
     board.gws["ann"] = GwsWay(ids["ann"], "ann", "lab", True, party.dial)
     board.gws["bob"] = GwsWay(ids["bob"], "bob", "lab", False, party.dial)
     board.noojee["office"] = NoojeeWay("office", True, {"101": ids["desk"]}, True, party)

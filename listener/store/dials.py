@@ -55,6 +55,9 @@ from listener.store.journal import Journal
 UNTOLD_MAX = 1000
 """Calls of one page of `untold`."""
 
+PREVIEWS_MAX = 200
+"""Messages about outbound records that are looked through, the newest."""
+
 TROUBLES_MAX = 1000
 """Error messages that are looked up again after a crash, the newest."""
 
@@ -101,6 +104,12 @@ class Dials:
         async with self._journal.transaction() as connection:
             request = await connection.fetchval("SELECT request FROM dial WHERE id = $1", id)
         return None if request is None else msgspec.json.decode(request)
+
+    async def previews(self, account: int, since: datetime) -> list[bytes]:
+        """The messages about outbound records that the account received since then, the newest first."""
+        async with self._journal.transaction() as connection:
+            found = await connection.fetch(_PREVIEWS, microseconds(since), account, PREVIEWS_MAX)
+        return [bytes(row["raw"]) for row in found]
 
     async def take(
         self, news: Sequence[News], marks: Mapping[int, Mark] | None = None
@@ -473,6 +482,11 @@ _UNTOLD = f"""
     ) AS c
     ORDER BY a.id, c.id LIMIT $3"""  # noqa: S608
 """A clock that was set back by less than an hour hides none of them."""
+
+_PREVIEWS = """
+    SELECT n.raw FROM notification n
+    WHERE n.received_at >= $1 AND n.account_id = $2 AND n.message_type = 'OutboundRecordMessage'
+    ORDER BY n.received_at DESC, n.id DESC LIMIT $3"""
 
 _TROUBLES = """
     SELECT n.id, n.received_at, n.account_id, n.source, n.channel, n.message_type, n.raw FROM notification n
