@@ -299,7 +299,9 @@ class Api:
         if self._token is None:
             return _error(403, "nobody may ask here", "set api.token_file, and start the listener again")
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self._token.encode()):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(
+            given.encode("utf-8", "surrogateescape"), self._token.encode()
+        ):
             answer = _error(401, "no token, or a wrong one", "send Authorization: Bearer with api.token")
             answer.headers["WWW-Authenticate"] = "Bearer"
             return answer

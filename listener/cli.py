@@ -736,12 +736,23 @@ def _simulate(options: argparse.Namespace) -> int:
         ack=not options.no_ack,
         websocket=not options.no_websocket,
         faults=faults,
+        noojee=options.noojee is not None,
+        noojee_port=options.noojee or 0,
+        click2dial=options.click2dial is not None,
+        click2dial_port=options.click2dial or 0,
+        click2dial_redis=options.redis,
+        click2dial_webhook=options.webhook,
     )
 
     def ready(simulator: Simulator) -> None:
         logins = list(simulator.accounts)
         there = {"url": simulator.url, "accounts": len(logins), "first": logins[0], "last": logins[-1]}
-        print(json.dumps(there | {"password": settings.password}), flush=True)
+        there |= {"password": settings.password}
+        if simulator.noojee is not None:
+            there |= {"noojee": simulator.noojee.url, "noojee_key": settings.noojee_key}
+        if simulator.click2dial is not None:
+            there |= {"click2dial": simulator.click2dial.url}
+        print(json.dumps(there), flush=True)
 
     async def play() -> dict[str, Any]:
         stop = asyncio.Event()
@@ -900,7 +911,9 @@ def parser() -> argparse.ArgumentParser:
         "It prints its address as a JSON line, and at its end what it sent. GET /simulator/truth and\n"
         "/simulator/stats tell the same over HTTP; POST /simulator/faults makes something go wrong.\n\n"
         "exit codes: 0 it was told to stop, or its time was over; 2 a value or a port that cannot be\n\n"
-        "example:\n  listener simulate --port 8090 --accounts 3 --rate 10 --fault drop_mid_reply=0.01\n",
+        "examples:\n"
+        "  listener simulate --port 8090 --accounts 3 --rate 10 --fault drop_mid_reply=0.01\n"
+        "  listener simulate --port 8090 --noojee 8091 --click2dial 8300 --redis redis://127.0.0.1/0\n",
     )
     simulate.add_argument(
         "--port", type=_whole(0, PORT_MAX), default=0, help="where to listen on 127.0.0.1 (any free port)"
@@ -929,6 +942,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=SHARE",
         help="a fault at random; may be repeated",
     )
+    simulate.add_argument(
+        "--noojee",
+        type=_whole(0, PORT_MAX),
+        metavar="PORT",
+        help="be a Noojee too, there; 0 is any free port",
+    )
+    simulate.add_argument(
+        "--click2dial", type=_whole(0, PORT_MAX), metavar="PORT", help="be a Click2Dial too, there"
+    )
+    simulate.add_argument("--redis", metavar="URL", help="where the Click2Dial puts its records")
+    simulate.add_argument("--webhook", metavar="URL", help="where the Click2Dial posts its records")
     simulate.add_argument("--idle", action="store_true", help="play nothing until POST /simulator/play")
 
     decode = command(

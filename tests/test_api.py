@@ -107,6 +107,8 @@ async def test_each_refusal_has_its_status(client: Client, there: Centres, liste
         (400, "POST", "/dials", {"json": GWS, "headers": {"Idempotency-Key": "x" * 500}}),
         (401, "POST", "/dials", {"json": GWS, "headers": {"Authorization": "Bearer wrong"}}),
         (401, "GET", "/dials", {"headers": {"Authorization": ""}}),
+        (401, "GET", "/dials", {"headers": {"Authorization": "Bearer tök"}}),
+        (401, "GET", "/dials", {"headers": {"Authorization": TOKEN}}),
         (403, "POST", "/dials", {"json": {**GWS, "account": "agent5001"}}),
         (404, "POST", "/dials", {"json": {**GWS, "account": "nobody"}}),
         (404, "GET", "/dials/d-none", {}),

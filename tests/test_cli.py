@@ -1021,6 +1021,18 @@ async def test_a_preview_record_is_dialled(
         assert dial["request"]["outboundRecord"] == record
 
 
+def test_simulate_is_a_noojee_and_a_click2dial_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where they are asked for, each says where it is."""
+    code, out, _ = _run(
+        capsys, "simulate", "--seconds", "0.1", "--accounts", "1", "--noojee", "0", "--click2dial", "0"
+    )
+    assert code == cli.OK
+    there = json.loads(out.splitlines()[0])
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", there["noojee"])
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", there["click2dial"])
+    assert there["noojee_key"] == "simulated-key"
+
+
 def test_without_an_api_nobody_dials(capsys: pytest.CaptureFixture[str]) -> None:
     """It says which settings are lacking."""
     assert _run(capsys, "dial", "gws", "5001")[0] == cli.USAGE
