@@ -28,7 +28,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLE = ROOT / settings.EXAMPLE
 
 TESTED_ELSEWHERE = {
-    "dialroom": "tests/test_api.py and tests/end_to_end/test_dials.py: it only composes",
     "errors": "a tree of names without behaviour",
     "simulator/settings": "refused values are in tests/test_cli.py; the rest are figures",
     "store/batch": "tests/store/test_journal.py: half of the journal, without a face of its own",
