@@ -71,8 +71,7 @@ HEARTBEAT_S = 10.0
 """How often "observed" is written down anew."""
 
 VOUCHED_GRAIN_S = 5.0
-"""Heartbeats vouch for moments on this grid, so that thousands of accounts need few statements, and for the
-one before the last answer came: an answer may have been under way for so long."""
+"""Heartbeats vouch for moments on this grid, so that thousands of accounts need few statements."""
 
 CALL_CHANNELS = frozenset({"/v2/me/calls", "/workspace/v3/voice"})
 """Where calls are told, in v2 and v3: what comes on another channel does not show that calls would."""
@@ -80,10 +79,6 @@ CALL_CHANNELS = frozenset({"/v2/me/calls", "/workspace/v3/voice"})
 HELD_S = 5.0
 """A session without acknowledgements asks for nothing while the store takes nothing. If that lasted so long,
 and the server has forgotten the session meanwhile, then it was lost by the store."""
-
-IN_FLIGHT_S = 1.0
-"""How long a message may be under way: what the server said so shortly before we stopped listening is not
-known to have come."""
 
 QUICK_S = 0.15
 """A commit that is quicker than this was known before the session asked again; it keeps silent for longer
@@ -236,7 +231,7 @@ class Ledger:
         for account, vouched in sorted(self._observed.items()):
             at = vouched()
             if at is not None:
-                on_grid_s = (at.timestamp() // VOUCHED_GRAIN_S - 1) * VOUCHED_GRAIN_S
+                on_grid_s = at.timestamp() // VOUCHED_GRAIN_S * VOUCHED_GRAIN_S
                 moments.setdefault(datetime.fromtimestamp(on_grid_s, UTC), []).append(account)
         return sorted(moments.items())
 
@@ -320,6 +315,7 @@ class Watch:
         "_pause",
         "_pipeline",
         "_resumes_from",
+        "_said_until",
         "_saved",
         "_settled_s",
         "_slow",
@@ -385,6 +381,7 @@ class Watch:
         self._undurable: list[_Delivery] = []
         self._answers = 0
         self._answered_at: datetime | None = None
+        self._said_until: datetime | None = None
         self._slow: datetime | None = None
         self._held_since: datetime | None = None
         self._behind_since: datetime | None = None
@@ -434,19 +431,22 @@ class Watch:
             # Asked with an old acknowledgement, the answer was left with the server, whatever it held.
             self._behind_since = self._behind_since or slow
         self._answers += 1
-        self._answered_at = at
+        # An answer holds what had been said when it was asked for, which was after the one before it came.
+        # When it was given, and how long it was under way, is not known.
+        self._said_until, self._answered_at = self._answered_at, at
         self._held_since = None
 
     def _slowest(self) -> datetime | None:
-        """When the oldest delivery came whose commit is not known yet, if the session asks meanwhile."""
+        """Until when all that was said came with the oldest delivery whose commit is not known yet, if the
+        session asks meanwhile."""
         if not self._acknowledges or not self._undurable:
             return None
         oldest = self._undurable[0]
-        return oldest.at if self._clock() - oldest.taken > QUICK_S else None
+        return (oldest.known_until or oldest.at) if self._clock() - oldest.taken > QUICK_S else None
 
     def vouched(self) -> datetime | None:
         """Until when everything that the server said is durable, whatever happens to us now."""
-        at = self._undurable[0].known_until if self._undurable else self._answered_at
+        at = self._undurable[0].known_until if self._undurable else self._said_until
         doubts = [doubt for doubt in (at, self._slow, self._behind_since) if doubt is not None]
         return min(doubts) if at is not None else None
 
@@ -529,6 +529,7 @@ class Watch:
                 since, self._resumes_from = self._resumes_from, None
                 self._log.info("session resumed", observed_since=since.isoformat())
                 self._sure_at = since
+                self._answered_at = self._answered_at or since
                 self._found(since, withdraws=True)
             case Unbroken():
                 # The server kept everything: there was no gap.
@@ -557,15 +558,15 @@ class Watch:
     def end(self, at: datetime, cause: str = "stopped") -> None:
         """The account is listened to no more, from `at` on; what its session still says changes nothing.
 
-        Unless the session is resumed, the gap began with the last answer: what was said since may have been
-        under way, and nobody waits for it any more.
+        Unless the session is resumed, the gap began when the last answer was asked for: what was said since
+        may have been under way, and nobody waits for it any more.
         """
         self._ended = True
         self._forget_snapshot()
         if self._gap is not None:
             self._count(self._gap, at)
         else:
-            at = min(at, self.vouched() or at) - timedelta(seconds=IN_FLIGHT_S)
+            at = min(at, self.vouched() or at)
         self._ledger.cover(Cover(self.account, at, cause))
         self._stand(None)
 
