@@ -11,10 +11,10 @@ from listener.adapters.noojee import NoojeePlace
 from listener.api import Client
 from listener.core.dialling import DEADLINES
 from listener.dialroom import _Place, deadlines_of
-from listener.errors import NotAllowed, SettingsError
+from listener.errors import NotAllowed, NotKnown, SettingsError
 from listener.settings import Environment, Limits, NoojeePbx
 from tests.support.centres import TOKEN, Centres, centres
-from tests.support.running import InProcess, until
+from tests.support.running import InProcess, account, until
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_the_limits_are_the_deadlines() -> None:
 
 
 async def test_a_site_of_pbxs_alone(there: Centres, database: str, sql: asyncpg.Connection) -> None:
-    """Without any GWS they are heard, dialled and covered all the same; with nothing at all it does not start."""
+    """Without any GWS they are heard, dialled and covered; with nothing at all it does not start."""
     settings = there.settings(database, accounts=(), environments={})
     async with InProcess(settings).running() as listener, client_of(listener) as client:
         assert await listener.ready()
@@ -97,10 +97,31 @@ async def test_a_dial_goes_on_over_a_restart(there: Centres, database: str) -> N
     (call,) = there.noojee.calls
     assert not call.ended
     await until(lambda: call.ended)
+    # Who asks from the beginning is told only what is live now: this one.
+    there.noojee._time_scale = 1.0
+    there.noojee.call("102", "answered")
+    await until(lambda: there.noojee.calls[-1].status == "Dialing Out")
     async with InProcess(settings).running() as listener, client_of(listener) as client:
         told = [each async for each in client.follow(dial["id"], poll_s=0.02)][-1]
         assert (told["outcome"], told["expired"]) == ("answered", False)
-    assert len(there.noojee.calls) == 1
+    assert [each.number for each in there.noojee.calls].count("0383208100") == 1
+
+
+async def test_an_overheard_dial_has_its_deadline_too(
+    there: Centres, database: str, sql: asyncpg.Connection
+) -> None:
+    """As the settings have it: it ends as unknown long before its call does."""
+    there.noojee._time_scale = 0.5
+    settings = there.settings(database, limits={"dial_ringing_s": 0.5})
+    async with InProcess(settings).running():
+        call = there.noojee.call("101", "not_answered", "0299990001")
+        ended = "SELECT outcome = 'unknown' AND expired FROM dial WHERE number = '0299990001'"
+
+        async def over() -> bool:
+            return bool(await sql.fetchval(ended))
+
+        await until(over)
+        assert not call.ended
 
 
 async def test_a_reload_says_who_may_dial(there: Centres, database: str) -> None:
@@ -112,6 +133,11 @@ async def test_a_reload_says_who_may_dial(there: Centres, database: str) -> None
         listener.daemon.reload()
         await until(lambda: listener.daemon.settings is listener.settings)
         with pytest.raises(NotAllowed, match="set dials = true"):
+            await client.dial("gws", account="agent5000", number="5001")
+        listener.settings = there.settings(database, accounts=(account("agent5001"),))
+        listener.daemon.reload()
+        await until(lambda: listener.daemon.settings is listener.settings)
+        with pytest.raises(NotKnown, match="no account 'agent5000'; known are agent5001"):
             await client.dial("gws", account="agent5000", number="5001")
 
 
