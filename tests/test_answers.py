@@ -23,10 +23,17 @@ from listener.answers import (
     share,
     show_calls,
     show_coverage,
+    show_dial,
+    show_dials,
     show_strip,
     show_timeline,
+    show_why,
 )
 from listener.core.calls import GAP_CAUSES, Call, Direction, Outcome, Party, Source
+from listener.core.dialling import Cause, Confidence, DialState, Refused, System, advance, placed
+from listener.core.dialling import Outcome as DialOutcome
+from listener.core.why import Tally, explain
+from listener.store.dialled import DialFound, DialPage, DialTimeline, FactFound
 from listener.store.history import (
     Account,
     Altered,
@@ -645,3 +652,73 @@ def test_json_has_raw_messages() -> None:
     )
     assert told["moments"][0]["raw"] == '{"ä":1}'
     assert told["moments"][1]["raw_base64"] == "/w=="
+
+
+# ── Dials ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _dial(**other: Any) -> DialFound:
+    dial = placed("d-1", 1, System.GWS, "0383208100", NOON, device="5000")
+    ended = advance(dial, Refused(Cause(System.GWS, "statusCode", "5", "no permission")), LATER).dial
+    return DialFound("agent5000", "north", replace(ended, **other))
+
+
+def _dials(*found: DialFound, width: int = 200) -> str:
+    out = Console(file=io.StringIO(), width=width, highlight=False)
+    show_dials(DialPage(found, None, 1.0, NOON, LATER), out)
+    text: str = out.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_a_dial_says_how_it_ended_and_why() -> None:
+    """Who dialled whom, the outcome, the leg, and the raw cause in its system's words."""
+    text = _dials(_dial())
+    assert re.search(
+        r"d-1 +12:00:00 +agent5000 +5000 → 0383208100 +gws +placed +not_allowed +system +statusCode 5 no",
+        text,
+    )
+    assert "1 dial; observed: 100 % of the time" in text
+    assert "not_allowed (inferred)" in _dials(_dial(confidence=Confidence.INFERRED))
+
+
+def test_a_dial_that_waits_says_how_far_it_got() -> None:
+    """In brackets, and the brackets are explained."""
+    waiting = DialFound("agent5000", "", placed("d-2", 1, System.NOOJEE, "5001", NOON))
+    text = _dials(waiting)
+    assert "(requested)" in text
+    assert "in brackets: it waits for its end" in text
+
+
+def test_dials_on_a_narrow_terminal_keep_what_matters() -> None:
+    """The outcome and the cause stay; what is left out is said."""
+    text = _dials(_dial(), width=80)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "not_allowed" in text
+    assert "too narrow for: origin" in text
+
+
+def test_one_dial_tells_what_led_to_its_outcome() -> None:
+    """Its facts in order, its call and how sure that is; of several candidates none is named as its call."""
+    fact = FactFound(
+        LATER, "refused", "", None, None, _dial().dial.cause, DialState.ENDED, DialOutcome.NOT_ALLOWED
+    )
+    out = Console(file=io.StringIO(), width=120, highlight=False)
+    found = replace(_dial(), key="order-1", candidates=("d-7",))
+    show_dial(DialTimeline(found, (fact,), None, None), out)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "cause       statusCode 5 no permission" in text
+    assert "key         order-1" in text
+    assert "ambiguous: it may also be that of d-7" in text
+    assert re.search(r"12:02:00.000 +refused +statusCode 5 +ended, not_allowed", text)
+
+
+def test_why_names_the_groups_and_the_sentence() -> None:
+    """Counts and shares of each group against before, then the sentence."""
+    bad = Tally("gws", "ann", "2787123", DialOutcome.BUSY, 40, NOON, LATER, cause="ErrorCode 231")
+    good = Tally("gws", "ann", "2782555", DialOutcome.ANSWERED, 60, NOON, LATER)
+    out = Console(file=io.StringIO(), width=200, highlight=False)
+    show_why(explain([bad, good], [replace(good, dials=100)]), out)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "40 of 100 dials failed (40 %), 0 of 100 before (0 %)" in text
+    assert re.search(r"2026-03-02 12:00:00 +2026-03-02 12:02:00 +40 .*busy +ErrorCode 231", text)
+    assert "numbers that begin with 2787" in " ".join(text.partition("(0 %)")[2].split())
