@@ -77,6 +77,9 @@ whose unknown outcome may be corrected yet. Beyond that the oldest is forgotten.
 KEYS_MAX = 50_000
 """Names that other systems have for calls, each with the dial that it was found to be. As above."""
 
+STALE_DEADLINES_MAX = 1000
+"""Deadlines that came to nothing and are still remembered, beside one for each dial that waits."""
+
 TICK_S = 0.25
 """How often deadlines are looked at when nothing else happens."""
 
@@ -623,6 +626,11 @@ class _Waiting:
                 self._by_hint.setdefault(hint, {})[dial.id] = None
         if dial.deadline_at is not None and (before is None or before.deadline_at != dial.deadline_at):
             heapq.heappush(self._deadlines, (dial.deadline_at, dial.id))
+            if len(self._deadlines) > 2 * len(self._dials) + STALE_DEADLINES_MAX:
+                # Most belong to dials that have ended, or were put off.
+                waiting = self._dials.values()
+                self._deadlines = [(each.deadline_at, each.id) for each in waiting if each.deadline_at]
+                heapq.heapify(self._deadlines)
 
     def _drop(self, dial: Dial) -> None:
         """Everything under which a waiting dial is found."""

@@ -28,9 +28,10 @@ from listener.core.dialling import (
     Refused,
     Sighting,
     System,
+    advance,
     placed,
 )
-from listener.dialwatch import DialWatch
+from listener.dialwatch import DIALS_MAX, STALE_DEADLINES_MAX, DialWatch, _Waiting
 from listener.errors import StoreUnavailable
 from listener.store.dials import Dials
 from listener.store.embedded import Embedded
@@ -604,3 +605,18 @@ def test_crashes_and_repeats_change_no_outcome(
     plain, troubled = asyncio.run(both())
     assert troubled == plain
     assert len([each for each in calls if each[0] == "Dialing"]) <= len(plain)
+
+
+def test_deadlines_of_dials_that_ended_are_not_kept() -> None:
+    """However many dials end before their deadline, few of their deadlines stay; one that waits is still due."""
+    waiting = _Waiting(DIALS_MAX)
+    waits = placed("waits", 1, System.GWS, "5001", T0)
+    waiting.keep(waits)
+    for number in range(3 * STALE_DEADLINES_MAX):
+        dial = placed(f"dial {number}", 1, System.GWS, "5002", T0)
+        waiting.keep(dial)
+        refused = Refused(Cause(System.GWS, "statusCode", "3"))
+        waiting.keep(advance(dial, refused, T0).dial)
+    assert len(waiting._deadlines) <= STALE_DEADLINES_MAX + 3
+    assert waits.deadline_at is not None
+    assert waiting.due(waits.deadline_at) == [waits]
