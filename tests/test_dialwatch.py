@@ -608,7 +608,7 @@ def test_crashes_and_repeats_change_no_outcome(
 
 
 def test_deadlines_of_dials_that_ended_are_not_kept() -> None:
-    """However many dials end before their deadline, few of their deadlines stay; one that waits is still due."""
+    """However many dials end before their deadline, few of their deadlines stay; one that waits is due."""
     waiting = _Waiting(DIALS_MAX)
     waits = placed("waits", 1, System.GWS, "5001", T0)
     waiting.keep(waits)
