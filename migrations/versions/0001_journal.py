@@ -329,7 +329,9 @@ COMMENTS = {
         "What a restart goes on with. A credential: only the writer reads it; gone when its session is."
     ),
     "dial": "An attempt to reach a number, as of the last fact. A placed one is written before it is sent.",
-    "dial_fact": "What was heard of a dial, in order, and what it was then. Rows are added and never changed.",
+    "dial_fact": (
+        "What was heard of a dial, in order, and what it was then. Rows are added and never changed."
+    ),
     "dial_mark": "Up to which message of an account the dials follow from its calls.",
 }
 
@@ -338,8 +340,8 @@ SECRET = ("bayeux_session",)
 
 OURS = "listener_reserve_ids(bigint), listener_ensure_partitions(integer), listener_expect(boolean)"
 
-# The two that need it run as whoever owns the tables, so that the writer needs neither UPDATE on the sequence nor
-# the right to make tables; their search path is fixed, so that nobody can put other tables before ours.
+# The two that need it run as whoever owns the tables, so that the writer needs neither UPDATE on the sequence
+# nor the right to make tables; their search path is fixed, so that nobody can put other tables before ours.
 FUNCTIONS = (
     """
     CREATE FUNCTION listener_reserve_ids(wanted bigint) RETURNS bigint

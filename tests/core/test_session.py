@@ -1239,8 +1239,8 @@ def test_a_cause_that_is_known_better_keeps_the_beginning() -> None:
 
 
 def test_a_cut_does_not_hide_a_better_cause() -> None:
-    """The cause "disconnected" says least: it replaces nothing but "not started". What went wrong is told under
-    the better one, and once."""
+    """The cause "disconnected" says least: it replaces nothing but "not started". What went wrong is told
+    under the better one, and once."""
     script = opened()
     script.sends(CONNECT)
     script.refuses("402::session_unknown")
