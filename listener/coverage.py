@@ -7,10 +7,10 @@ all where the server kept everything for us. The `Ledger` writes what the watche
 store answers at once or later.
 
 Three things can make "observed" a lie that no fact of the session corrects, and are seen to here. A crash
-loses what was heard and not committed: so the heartbeat vouches for an account only up to the last answer
-whose messages are all durable. And while the store is slow, a session that
-acknowledges leaves the newer messages with the server: if the server forgets the session then, the gap
-began when we stopped taking. And a server may answer every connect and say nothing: a probe
+loses what was heard and not committed: so the heartbeat vouches for an account only up to when the last
+answer was asked for of which, as of all before it, the messages are durable. And while the store is slow, a
+session that acknowledges leaves the newer messages with the server: if the server forgets the session then,
+the gap began when we stopped taking. And a server may answer every connect and say nothing: a probe
 (`listener.probe`) finds that out, and the gap began after the last that was heard, since neither the answers
 in between nor a probe that agreed prove that nothing was missed.
 
@@ -280,8 +280,10 @@ class _Delivery(Struct, frozen=True):
     at: datetime
     taken: float
     """The same on the steady clock."""
+    asked_after: datetime | None
+    """When the answer before it came: what was said until then came with it or before."""
     known_until: datetime | None
-    """When the answer before it came: what was said until then was delivered before."""
+    """When the answer before it was asked for: what was said until then came before."""
 
 
 class Watch:
@@ -437,12 +439,12 @@ class Watch:
         self._held_since = None
 
     def _slowest(self) -> datetime | None:
-        """Until when all that was said came with the oldest delivery whose commit is not known yet, if the
-        session asks meanwhile."""
+        """Until when all that was said came with the oldest delivery whose commit is not known yet, or before
+        it, if the session asks meanwhile."""
         if not self._acknowledges or not self._undurable:
             return None
         oldest = self._undurable[0]
-        return (oldest.known_until or oldest.at) if self._clock() - oldest.taken > QUICK_S else None
+        return (oldest.asked_after or oldest.at) if self._clock() - oldest.taken > QUICK_S else None
 
     def vouched(self) -> datetime | None:
         """Until when everything that the server said is durable, whatever happens to us now."""
@@ -500,7 +502,14 @@ class Watch:
         match fact:
             case Delivered():
                 if fact.messages or fact.odd:
-                    delivery = _Delivery(at, self._clock(), self._answered_at)
+                    asked_after, known_until = self._answered_at, self._said_until
+                    if self._resumes_from is not None:
+                        # All that is known of what this life has not heard is what the one before it left.
+                        asked_after = known_until = self._resumes_from
+                    elif self._gap is not None and known_until is not None:
+                        # Where the gap is none in the end, this is what was said since it began.
+                        known_until = min(known_until, self._gap.since)
+                    delivery = _Delivery(at, self._clock(), asked_after, known_until)
                     self._announced.append(delivery)
                     self._undurable.append(delivery)
                 if any(channel in CALL_CHANNELS for channel, _ in fact.messages):
@@ -549,11 +558,12 @@ class Watch:
 
     def broke(self, at: datetime, detail: str) -> None:
         """The session ended by a defect of ours, whatever it had in hand; another one will begin."""
+        since = self.vouched() or at  # before what it had in hand is forgotten, which nobody will say again
         for delivery in self._announced:
             self._undurable.remove(delivery)
         self._announced.clear()
         self._resumes_from = None
-        self._deaf(_Gap(self.vouched() or at, "session lost", self._clock()), detail)
+        self._deaf(_Gap(since, "session lost", self._clock()), detail)
 
     def end(self, at: datetime, cause: str = "stopped") -> None:
         """The account is listened to no more, from `at` on; what its session still says changes nothing.
