@@ -41,7 +41,6 @@ from listener.coverage import (
     SNAPSHOT_RETRY_S,
     SNAPSHOT_RETRY_S_MAX,
     SNAPSHOTS_AT_ONCE_MAX,
-    VOUCHED_GRAIN_S,
     Ledger,
     Watch,
 )
@@ -259,7 +258,9 @@ class Driven:
 
     async def up(self, shaken: Handshaken = SHAKEN) -> None:
         """A handshake, a subscription and a snapshot."""
-        self.tell(shaken, Subscribed())
+        for fact in (shaken, Subscribed()):
+            self.tell(fact)
+            self.answered()
         await until(lambda: self.watch.state == "up")
         await self.stage.settled()
 
@@ -402,13 +403,17 @@ async def restarted(
     journal: Journal, sql: asyncpg.Connection, *, up: bool = True
 ) -> AsyncIterator[tuple[Stage, datetime | None]]:
     """The second life of the daemon's parts, from second 20 on: the account was up (or not) in the first one,
-    which was stopped at second 10. With it, since when a resumed session would have observed."""
+    which was stopped at second 10, when an answer came that was asked for at second 9. With it, since when a
+    resumed session would have observed."""
     clock = Clock()
     async with staged(journal, sql, clock) as first:
         one = first.watch()
         if up:
             await one.up()
-        await clock.advance(10)
+        await clock.advance(9)
+        one.answered()
+        await clock.advance(1)
+        one.answered()
         one.watch.end(clock.wall())
         await first.settled()
         first.watches.clear()
@@ -592,15 +597,35 @@ async def test_a_resumed_session_leaves_a_gap(stage: Stage) -> None:
 
 
 async def test_a_stop_begins_where_nothing_is_vouched_for_any_more(stage: Stage) -> None:
-    """What the server said since its last answer was not heard, or is not durable: it is not observed, though
-    the stop came later."""
+    """What the server said since its last answer was asked for may not have come with it: it is not observed,
+    though that answer and the stop came later."""
     one = stage.watch()
     await one.up()
-    await stage.clock.advance(10)
-    one.answered()
+    for passed_s in (6, 4):
+        await stage.clock.advance(passed_s)
+        one.answered()
     await stage.clock.advance(3)
     one.watch.end(stage.clock.wall())
-    assert await stage.rows() == [Row(0, 9, ""), Row(9, None, "stopped")]
+    assert await stage.rows() == [Row(0, 6, ""), Row(6, None, "stopped")]
+
+
+async def test_a_stop_before_what_a_resumed_session_delivered_is_durable_leaves_the_gap_of_the_restart(
+    journal: Journal, sql: asyncpg.Connection, database: str
+) -> None:
+    """The first answer after a restart brings what was said since the life before it: as long as that is not
+    stored, no moment of it is observed."""
+    async with restarted(journal, sql) as (stage, since):
+        one = stage.watch(acknowledges=True, observed_until=since)
+        async with uncommitted(database):
+            (waiting,) = one.said(1)
+            one.tell(Unbroken())
+            one.answered()
+            await stage.clock.advance(3)
+            assert one.watch.vouched() == stage.at(9)
+            await one.watch.hear([waiting], lambda: None)
+            one.watch.end(stage.clock.wall())
+        await stage.settled()
+        assert merged(await stage.rows()) == [Row(0, 9, ""), Row(9, None, "stopped")]
 
 
 async def test_the_cause_of_a_gap_becomes_known(stage: Stage) -> None:
@@ -714,7 +739,9 @@ async def test_the_end_is_a_row_and_the_last_word(stage: Stage) -> None:
     stage.rest.open.clear()
     two.tell(SHAKEN, Subscribed())
     await turns()
-    await stage.clock.advance(10)
+    for passed_s in (9, 1):
+        await stage.clock.advance(passed_s)
+        one.answered()
     for each in (one, two):
         each.watch.end(stage.clock.wall())
     await stage.clock.advance(3)
@@ -833,11 +860,11 @@ async def crash(stage: Stage) -> None:
     await asyncio.gather(*stage.work, return_exceptions=True)
 
 
-async def test_the_heartbeat_says_until_when_the_last_answer_vouches(
+async def test_the_heartbeat_says_when_the_last_answer_was_asked_for(
     stage: Stage, journal: Journal, sql: asyncpg.Connection
 ) -> None:
-    """After a crash the gap begins before the last answer, not where the process was last alive: a connection
-    that was dead by then would not have been noticed yet."""
+    """After a crash the gap begins before the last answer was asked for, not where it came, nor where the
+    process was last alive: a connection that was dead by then would not have been noticed yet."""
     one = stage.watch()
     await one.up()
     for _ in range(2):
@@ -845,22 +872,24 @@ async def test_the_heartbeat_says_until_when_the_last_answer_vouches(
         await stage.clock.advance(12)
     one.answered()
     await stage.clock.advance(40)
-    await seen(stage, 15)
+    await seen(stage, 10)
     await crash(stage)
     later = Clock(stage.clock.began_at)
     later.passed_s = 100
     async with staged(journal, sql, later) as restarted:
-        assert await restarted.rows() == [Row(0, 15, ""), Row(15, None, "not started")]
+        assert await restarted.rows() == [Row(0, 10, ""), Row(10, None, "not started")]
 
 
 async def test_the_heartbeat_never_vouches_for_what_is_not_committed(
     stage: Stage, journal: Journal, sql: asyncpg.Connection, database: str
 ) -> None:
-    """A message that was heard and not stored when the process died lies inside the gap."""
+    """A message that was heard and not stored when the process died lies inside the gap, also one that was
+    said while the answer before it was under way."""
     one = stage.watch()
     await one.up()
-    await stage.clock.advance(21)
-    one.answered()
+    for passed_s in (11, 10):
+        await stage.clock.advance(passed_s)
+        one.answered()
     await stage.clock.advance(5)
     async with uncommitted(database):
         await one.hear(1)
@@ -869,12 +898,12 @@ async def test_the_heartbeat_never_vouches_for_what_is_not_committed(
             await stage.clock.advance(4)
             one.answered()
             await turns(50)
-        await seen(stage, 15)
+        await seen(stage, 10)
         await crash(stage)
     later = Clock(stage.clock.began_at)
     later.passed_s = 100
     async with staged(journal, sql, later) as restarted:
-        assert await restarted.rows() == [Row(0, 15, ""), Row(15, None, "not started")]
+        assert await restarted.rows() == [Row(0, 10, ""), Row(10, None, "not started")]
 
 
 async def test_what_was_stored_after_the_last_heartbeat_vouches_for_nothing(
@@ -902,7 +931,9 @@ async def test_a_planned_stop_is_still_stopped_at_the_next_start(
     """The time between a stop and the next subscription has the cause "stopped"."""
     one = stage.watch()
     await one.up()
-    await stage.clock.advance(5)
+    for passed_s in (4, 1):
+        await stage.clock.advance(passed_s)
+        one.answered()
     one.watch.end(stage.clock.wall())
     await stage.settled()
     await crash(stage)
@@ -926,27 +957,54 @@ async def test_what_the_line_still_holds_is_not_vouched_for(stage: Stage) -> Non
     one.answered(took=True)
     await stage.clock.advance(1)
     one.answered()
-    assert one.watch.vouched() == stage.at(3)
+    assert one.watch.vouched() == stage.at(2), "it may have been said while the answer before was under way"
     await one.watch.hear([waiting], lambda: None)
     await stage.settled()
-    assert one.watch.vouched() == stage.at(4)
+    assert one.watch.vouched() == stage.at(3), "what is newer was left with the server meanwhile"
+
+
+async def test_what_was_said_during_an_outage_is_vouched_for_when_it_is_durable(stage: Stage) -> None:
+    """The server kept it and tells it when the connection is back; attempts in vain meanwhile, of which the
+    session has nothing new to say, say nothing of what came."""
+    one = stage.watch()
+    await one.up()
+    for _ in range(3):
+        await stage.clock.advance(1)
+        one.answered()
+    one.gap("disconnected", 2)
+    for _ in range(3):
+        await stage.clock.advance(1)
+        one.answered()
+    await stage.clock.advance(1)
+    (waiting,) = one.said(1)
+    one.tell(Unbroken())
+    one.answered(took=True)
+    assert one.watch.vouched() == stage.at(2)
+    await one.watch.hear([waiting], lambda: None)
+    await stage.settled()
+    assert one.watch.vouched() == stage.at(6)
 
 
 async def test_a_session_that_broke_was_deaf_since_its_last_durable_answer(stage: Stage) -> None:
-    """What it had in hand is gone with it; what it had handed on is stored. The next one closes the gap."""
+    """What it had in hand is gone with it, and was said after the answer before was asked for, however many
+    answers came since; what it had handed on is stored. The next one closes the gap."""
     one = stage.watch()
     await one.up()
     for _ in range(3):
         await stage.clock.advance(1)
         one.answered()
     await one.hear(1)
+    await stage.settled()
     one.said(1)
+    one.answered(took=True)
+    await stage.clock.advance(1)
+    one.answered()
     one.watch.broke(stage.clock.wall(), "a defect")
     assert one.watch.state == "waiting"
     assert "a defect" in one.watch.trouble
     await stage.clock.advance(60)
     await one.up()
-    assert await stage.rows() == [Row(0, 3, ""), Row(3, 63, "session lost"), Row(63, None, "")]
+    assert await stage.rows() == [Row(0, 2, ""), Row(2, 64, "session lost"), Row(64, None, "")]
     for _ in range(2):
         await stage.clock.advance(1)
         one.answered()
@@ -963,8 +1021,9 @@ async def test_a_session_lost_while_the_store_is_slow_was_deaf_since_we_stopped_
     forgets the session then, that is lost, although it answered a moment ago."""
     one = stage.watch()
     await one.up()
+    await stage.clock.advance(9)
     one.answered()
-    await stage.clock.advance(10)
+    await stage.clock.advance(1)
     async with uncommitted(database):
         await one.hear(1)
         one.answered(took=True)
@@ -974,7 +1033,32 @@ async def test_a_session_lost_while_the_store_is_slow_was_deaf_since_we_stopped_
         await stage.clock.advance(1)
         one.gap("session lost", 30)
     await stage.settled()
-    assert await stage.rows() == [Row(0, 10, ""), Row(10, None, "session lost")]
+    assert await stage.rows() == [Row(0, 9, ""), Row(9, None, "session lost")]
+
+
+async def test_an_answer_that_came_late_left_behind_what_was_said_meanwhile(
+    stage: Stage, database: str
+) -> None:
+    """When an answer was composed is not known, only when it was asked for: what was said while it was under
+    way is still with the server. While its messages are not durable the session leaves it there, and when the
+    session is lost then, it was said in the gap."""
+    one = stage.watch()
+    await one.up()
+    await stage.clock.advance(5)
+    one.answered()
+    await stage.clock.advance(7)
+    async with uncommitted(database):
+        await one.hear(1)
+        one.answered(took=True)
+        for _ in range(3):
+            await stage.clock.advance(2)
+            one.answered()
+            vouched = one.watch.vouched()
+            assert vouched is not None
+            assert vouched <= stage.at(5)
+        one.gap("session lost", 16)
+    await stage.settled()
+    assert await stage.rows() == [Row(0, 5, ""), Row(5, None, "session lost")]
 
 
 async def test_a_session_that_caught_up_is_vouched_for_again(stage: Stage, database: str) -> None:
@@ -989,17 +1073,17 @@ async def test_a_session_that_caught_up_is_vouched_for_again(stage: Stage, datab
         one.answered(took=True)
         await stage.clock.advance(4)
         one.answered()
-        assert one.watch.vouched() == stage.at(5)
+        assert one.watch.vouched() == stage.at(0)
     await stage.settled()
-    assert one.watch.vouched() == stage.at(10)
+    assert one.watch.vouched() == stage.at(5), "the answer that brought it was asked for then"
     await stage.clock.advance(1)
     one.answered()
-    assert one.watch.vouched() == stage.at(10), "this answer may have been asked for before the commit"
+    assert one.watch.vouched() == stage.at(5), "this answer may have been asked for before the commit"
     await stage.clock.advance(1)
     one.answered()
-    assert one.watch.vouched() == stage.at(16)
-    one.gap("session lost", 16)
-    assert await stage.rows() == [Row(0, 16, ""), Row(16, None, "session lost")]
+    assert one.watch.vouched() == stage.at(15)
+    one.gap("session lost", 15)
+    assert await stage.rows() == [Row(0, 15, ""), Row(15, None, "session lost")]
 
 
 async def test_coverage_waits_for_a_store_that_is_away_and_keeps_its_order() -> None:
@@ -1038,7 +1122,7 @@ async def test_a_heartbeat_that_fails_says_that_the_store_is_away() -> None:
         memory.available = True
         await clock.advance(HEARTBEAT_S)
         available.append(ledger.available)
-    assert memory.beats == [(frozenset({1}), clock.wall() - timedelta(seconds=VOUCHED_GRAIN_S))]
+    assert memory.beats == [(frozenset({1}), clock.wall())]
     assert available == [False, True]
 
 
@@ -1144,7 +1228,7 @@ async def test_the_answers_about_coverage_agree_with_what_was_told(stage: Stage,
             each.answered()
         for _ in range(30):
             await stage.clock.advance(1)
-            await turns(20)
+            await stage.seen_s()  # as long as the database takes for a heartbeat, or nearly
     await stage.settled()
     now_s = stage.clock.passed_s
     expected = {
