@@ -494,6 +494,8 @@ class DialWatch:
         fact = CallHeard(call)
         mine = self._dials.of_call(call.id)
         named = None if system is System.GWS else self._dials.of_key(system, call.call_id)
+        if named is not None and not self._dials.agrees(named, sighting(call, system)):
+            named = None
         if mine is None and named is not None:
             # Its PBX said more of it than its call shows, and may have ended the dial with that already.
             told = None if system is System.CLICK2DIAL else fact
@@ -538,8 +540,10 @@ class DialWatch:
         if item.seen is None:
             return [News(item.dial or "", item.at, item.fact)]
         known = self._dials.of_key(item.seen.system, item.key)
-        if known is not None:
+        if known is not None and self._dials.agrees(known, item.seen):
             return [News(known, item.at, item.fact)]
+        # The agent's own leg, which shows no number, came from another call at the same extension.
+        self._dials.unname(item.seen.system, item.key)
         found = match(self._dials.candidates(item.seen, reported=True), item.seen)
         if found.dial is not None:
             self._dials.name(found.dial, item.seen.system, item.key)
@@ -750,6 +754,20 @@ class _Waiting:
             self._keys[system, key] = dial.id
             if len(self._keys) > KEYS_MAX:
                 self._keys.popitem(last=False)
+
+    def agrees(self, id: str, seen: Sighting) -> bool:
+        """Whether a report names no other number than the dial's, as far as both are known."""
+        dial = self.known(id)
+        numbers = [each for each in (seen.number, *seen.also) if each]
+        if dial is None or not dial.number or not numbers:
+            return True
+        return any(_ending(dial.number) == _ending(number) for number in numbers)
+
+    def unname(self, system: System, key: str) -> None:
+        """What its system calls a call names no dial any more."""
+        id = self._keys.pop((system, key), None)
+        if id is not None:
+            self._named.discard(id)
 
     def due(self, now: datetime) -> list[Dial]:
         """The dials whose deadline has come, as many as one batch takes; each once."""

@@ -477,6 +477,29 @@ async def test_the_same_key_is_the_same_dial(journal: Journal, sql: asyncpg.Conn
         assert await here.watch.sighted(seen, NoojeeStatus("Hungup"), T0, key="another") is None
 
 
+async def test_another_call_of_the_same_extension_is_not_the_dials(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """An agent's leg shows no number. Should it turn out to lead to another one, it was another call's, and
+    the dial is still found by its own."""
+
+    def seen(number: str | None) -> Sighting:
+        return Sighting(System.NOOJEE, T0, account=1, number=number, device="410")
+
+    async with site(journal) as here:
+        await here.watch.place(asked(system=System.NOOJEE, device="SIP/410"))
+        inbound = NoojeeStatus("Connected", inbound=True)
+        first = await here.watch.sighted(seen(None), inbound, T0, key="k1")
+        assert first is not None
+        other = seen("0399999999")
+        for status in ("Dialing Out", "Connected", "Hungup"):
+            assert await here.watch.sighted(other, NoojeeStatus(status), T0, key="k1") is None
+        assert await here.watch.sighted(seen(NUMBER), NoojeeStatus("Dialing Out"), T0, key="k2") is not None
+        told = await here.watch.sighted(seen(NUMBER), NoojeeStatus("Hungup"), T0, key="k2")
+        assert told is not None
+        assert (told.id, told.outcome) == (first.id, Outcome.UNKNOWN)
+
+
 async def test_more_dials_than_fit_in_memory_end_as_well(journal: Journal, sql: asyncpg.Connection) -> None:
     """Their calls are looked up in the store, and so are their deadlines."""
     line = Line()
