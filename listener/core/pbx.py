@@ -37,7 +37,7 @@ from listener.core.calls import (
     State,
     Unrecognised,
 )
-from listener.core.dialling import CallRecord, NoojeeStatus, Sighting, System
+from listener.core.dialling import CallRecord, NoojeeStatus, Sighting, System, extension
 
 NOOJEE = "/noojee/"
 """Channels of Noojee's events begin so, and go on with the PBX and the extension."""
@@ -189,14 +189,17 @@ def noojee_fact(event: NoojeeEvent) -> NoojeeStatus:
 def noojee_sighting(
     event: NoojeeEvent, at: datetime, account: int | None = None, window_s: float = 60.0
 ) -> Sighting:
-    """What the first event of a call shows to be recognised by: the number that it dials out to, if it does,
-    and the extension. No event has the SessionID that the dial was answered with."""
+    """What an event of a call shows to be recognised by: the other party's number, and the extension. On the
+    agent's own leg that number is the callee's, or somebody else's who just rings there. No event has the
+    SessionID that the dial was answered with."""
     number = event.outbound_destination or event.other_party
+    if event.inbound and extension(number) == extension(event.extension):
+        number = ""  # the agent's own
     return Sighting(
         system=System.NOOJEE,
         at=at,
         account=account,
-        number=None if event.inbound else number or None,
+        number=number or None,
         device=event.extension or None,
         window_s=window_s,
     )

@@ -72,6 +72,11 @@ def inbound(status: str) -> bytes:
     return event(status, inbound=True, outboundDestination="", callerId="0299", otherPartyCallerId="")
 
 
+def agents_leg(status: str) -> bytes:
+    """An event of the agent's own leg of a dial, which shows the callee."""
+    return event(status, inbound=True, outboundDestination="", callerId="0299", otherPartyCallerId=NUMBER)
+
+
 def cdr(**fields: Any) -> bytes:
     """A record as since v3.0.0."""
     payload = {
@@ -244,11 +249,11 @@ def test_noojee_dials_end_as_their_events_say() -> None:
     assert (answered.dial.outcome, answered.dial.confidence) == (Outcome.ANSWERED, Confidence.INFERRED)
     _, silent = noojee_dial("Dialing Out", "Hungup")
     assert silent.dial.outcome is Outcome.UNKNOWN
-    _, absent = noojee_dial(inbound("Ringing"), inbound("No Answer"))
+    _, absent = noojee_dial(agents_leg("Ringing"), agents_leg("No Answer"))
     assert (absent.dial.outcome, absent.dial.leg) == (Outcome.NO_ANSWER, Leg.AGENT)
-    _, busy = noojee_dial(inbound("Busy"))
+    _, busy = noojee_dial(agents_leg("Busy"))
     assert (busy.dial.outcome, busy.dial.leg) == (Outcome.BUSY, Leg.AGENT)
-    _, ringing = noojee_dial(inbound("Ringing"), inbound("Connected"))
+    _, ringing = noojee_dial(agents_leg("Ringing"), agents_leg("Connected"))
     assert ringing.dial.state is DialState.DIALING_AGENT
 
 
