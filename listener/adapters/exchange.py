@@ -73,6 +73,10 @@ class Secrets:
                     break
         return text
 
+    def hide_in(self, body: bytes) -> bytes:
+        """A body without them, else byte for byte as it came, whatever its encoding; for what is kept."""
+        return self.hide(body.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+
     def one_line(self, text: str, chars_max: int = SAID_CHARS_MAX) -> str:
         """The text to be quoted: one line of bounded length, without them, fit for a terminal, a log and a
         database."""

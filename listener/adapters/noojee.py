@@ -176,7 +176,8 @@ class NoojeeHeard(Struct, frozen=True):
     channel: str
     """What `listener.core.decode.decode` must be given with `raw`."""
     raw: bytes
-    """Its exact bytes, without those of the events beside it."""
+    """Its exact bytes, without those of the events beside it; of a reply that could not be read, all but our
+    key."""
     event: NoojeeEvent | None
     """None where it makes no sense; `raw` has it."""
 
@@ -341,15 +342,17 @@ class NoojeeEvents:
         return not anew
 
     async def _unreadable_reply(self, answer: Answer | NoAnswer, why: str, at: datetime) -> bool:
-        """What is done about a reply that makes no sense: it is asked for again, then kept as it is, and its
-        place given up."""
+        """What is done about a reply that makes no sense: it is asked for again, then kept without our
+        key, and its place given up."""
         oversized = isinstance(answer, Answer) and answer.trouble is Trouble.TOO_LARGE
         self._unreadable += 1
         if self._unreadable >= REPLIES_UNREADABLE_MAX and isinstance(answer, Answer):
             self._unreadable = 0
             self._place = _new_place()
             if not oversized:
-                await self._handed([self._heard(self._place, "", 1, at, answer.body)], self._place)
+                # What answers there may be anything, also a proxy's page that quotes the URL with our key.
+                raw = self._secrets.hide_in(answer.body)
+                await self._handed([self._heard(self._place, "", 1, at, raw)], self._place)
         return self._deaf("oversized" if oversized else "malformed", why)
 
     async def _asked(self, extensions: list[str]) -> Answer | NoAnswer | None:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from random import Random
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import aiohttp
 import asyncpg
@@ -14,7 +15,14 @@ import pytest
 from aiohttp import web
 
 from listener.adapters import noojee
-from listener.adapters.noojee import EVENTS_MAX, RETRY_S_MAX, NoojeeEvents, NoojeeHeard, NoojeePlace
+from listener.adapters.noojee import (
+    EVENTS_MAX,
+    REPLIES_UNREADABLE_MAX,
+    RETRY_S_MAX,
+    NoojeeEvents,
+    NoojeeHeard,
+    NoojeePlace,
+)
 from listener.core.calls import GAP_CAUSES, Notification
 from listener.core.decode import decode
 from listener.core.dialling import Accepted, Elapsed, System, advance, match, placed
@@ -467,6 +475,20 @@ async def test_a_reply_that_never_makes_sense_is_kept_raw() -> None:
     assert [each.raw for each in ears.events if not each.extension] == [broken]
     assert ears.statuses() == ["Ringing", "Connected"]
     assert ears.causes == ["", "malformed", ""]
+
+
+async def test_what_is_kept_raw_holds_no_key() -> None:
+    """A page that quotes the URL is kept byte for byte, but for the key: the journal is for ever."""
+    ears = Ears()
+    key = "s3cret/key+4711"
+    page = b"<html>\xff you asked for /subscribe?timeOut=0&apiKey=%s </html>"
+    quoted = [page % said.encode() for said in (key, quote(key, safe=""), quote_plus(key))]
+    async with (
+        Scripted(*[each for each in quoted for _ in range(REPLIES_UNREADABLE_MAX)]).serving() as server,
+        hearing(events_of(server.url, ears, key=key), "204"),
+    ):
+        await until(lambda: len(ears.events) == len(quoted))
+    assert [each.raw for each in ears.events] == [page % b"***"] * len(quoted)
 
 
 async def test_one_reply_that_makes_no_sense_costs_nothing() -> None:
