@@ -43,6 +43,7 @@ from listener.core.dialling import (
     Deadlines,
     Dial,
     Elapsed,
+    Evidence,
     Fact,
     Match,
     MatchConfidence,
@@ -508,6 +509,8 @@ class DialWatch:
             return []
         seen = sighting(call, system)
         found = match(self._dials.candidates(seen), seen)
+        if found.dial is not None and not _recognised(found):
+            found = Match(None, (), MatchConfidence.NONE)
         if mine is not None:
             # Only a reference, which came late, says that it is not just overheard.
             if found.dial is None or found.confidence is not MatchConfidence.CERTAIN:
@@ -545,16 +548,22 @@ class DialWatch:
         # The agent's own leg, which shows no number, came from another call at the same extension.
         self._dials.unname(item.seen.system, item.key)
         found = match(self._dials.candidates(item.seen, reported=True), item.seen)
-        if found.dial is not None:
+        if found.dial is not None and _recognised(found):
             self._dials.name(found.dial, item.seen.system, item.key)
             return [News(found.dial.id, item.at, item.fact, found=found)]
-        if found.candidates:
+        if found.candidates and _recognised(found):
             self._observer.dial_ambiguous()
             return [News(dial.id, item.at, found=found) for dial in found.candidates]
         if not item.beside:
             self._observer.dial_unmatched("report")
             self._log.warning("a report of a call fits no dial", system=str(item.seen.system))
         return []
+
+
+def _recognised(found: Match) -> bool:
+    """Whether more than the device and the time speak for it: somebody else may call there just then, and
+    what became of that call would become the dial's outcome."""
+    return not {Evidence.NUMBER, Evidence.REFERENCE}.isdisjoint(found.evidence)
 
 
 def _since(before: Dial, after: Dial) -> Advance:

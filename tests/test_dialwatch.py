@@ -480,16 +480,19 @@ async def test_the_same_key_is_the_same_dial(journal: Journal, sql: asyncpg.Conn
 async def test_another_call_of_the_same_extension_is_not_the_dials(
     journal: Journal, sql: asyncpg.Connection
 ) -> None:
-    """An agent's leg shows no number. Should it turn out to lead to another one, it was another call's, and
-    the dial is still found by its own."""
+    """A leg that shows no number recognises no dial. Should one turn out to lead to another number, it was
+    another call's, and the dial is still found by its own."""
 
     def seen(number: str | None) -> Sighting:
         return Sighting(System.NOOJEE, T0, account=1, number=number, device="410")
 
     async with site(journal) as here:
         await here.watch.place(asked(system=System.NOOJEE, device="SIP/410"))
+        for status in ("Ringing", "No Answer"):
+            inbound = NoojeeStatus(status, inbound=True)
+            assert await here.watch.sighted(seen(None), inbound, T0, key="k0") is None
         inbound = NoojeeStatus("Connected", inbound=True)
-        first = await here.watch.sighted(seen(None), inbound, T0, key="k1")
+        first = await here.watch.sighted(seen(NUMBER), inbound, T0, key="k1")
         assert first is not None
         other = seen("0399999999")
         for status in ("Dialing Out", "Connected", "Hungup"):

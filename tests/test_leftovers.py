@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import asyncpg
@@ -193,13 +192,3 @@ async def test_a_connection_that_is_left_open_fails_its_test(postgres: Embedded,
     with pytest.raises(pytest.fail.Exception, match=r"connection \d+ \(idle\): SELECT 'kept'"):
         await own.__aexit__(None, None, None)
     kept.terminate()
-
-
-def test_a_look_costs_next_to_nothing() -> None:
-    """Every test pays for it: less than 2 ms, the quickest of several looks."""
-    took_s = []
-    for _ in range(20):
-        began = time.perf_counter()
-        assert Before().left() == []
-        took_s.append(time.perf_counter() - began)
-    assert min(took_s) < 0.002

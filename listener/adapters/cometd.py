@@ -316,8 +316,8 @@ class Line(Extension):
         if http is not None:
             await http.close()
 
-    async def tell(self, facts: Sequence[Fact]) -> None:
-        """Hands facts on, messages as `Heard`."""
+    async def tell(self, facts: Sequence[Fact], *, answered: bool = False) -> None:
+        """Hands facts on, messages as `Heard`; `answered` says that with them a request has its answer."""
         at = self.wall()
         for fact in facts:
             if isinstance(fact, Handshaken):
@@ -325,7 +325,7 @@ class Line(Extension):
             self.hearing.told(fact, at)
             if isinstance(fact, Delivered):
                 await self._deliver(fact, at)
-        if not any(isinstance(fact, Gap) for fact in facts):
+        if answered and not any(isinstance(fact, Gap) for fact in facts):
             took = any(isinstance(fact, Delivered) and fact.messages for fact in facts)
             self.hearing.answered(self.wall(), took=took)
         self._keep(self._to_keep())
@@ -736,7 +736,8 @@ class _Shell(Transport):
             items = split(body)
         except ValueError as error:
             raise _NoAnswer(Failure.MALFORMED, str(error)) from None
-        await self.line.tell(self.line.session.received(items, self.line.clock()))
+        facts = self.line.session.received(items, self.line.clock())
+        await self.line.tell(facts, answered=self.line.session.answered)
 
     async def _ask(self, send: Send, headers: dict[str, str]) -> bytes:
         """Sends the messages and gives what comes first; raises `_NoAnswer`, `aiohttp.ClientError` or

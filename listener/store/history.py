@@ -73,9 +73,10 @@ COVERED_MAX = 2_000_000
 GAPS_MAX = 50_000
 """Gaps in one answer; beyond that a shorter time, or fewer accounts, have to be asked for."""
 
-SILENT_S_MAX = 60
-"""A heartbeat comes every ten seconds and vouches up to the server's last answer, which a long poll of
-CometD's default holds back for thirty. Without one for so long, nobody can say that the daemon listens."""
+SILENT_S_MAX = 90
+"""A heartbeat comes every ten seconds and vouches for what was said before the server's last answer was asked
+for: two long polls of CometD's default, thirty seconds each, may lie between. Without one for so long, nobody
+can say that the daemon listens."""
 
 
 class Found(Struct, frozen=True):

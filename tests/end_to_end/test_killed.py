@@ -222,9 +222,21 @@ async def pointed(simulator: Simulator, database: str, config: Path, point: Poin
     await asyncio.to_thread(config.write_text, text)
     command = (sys.executable, killing.__file__, point.name, str(point.passing))
     async with child(config, command=command) as listener:
+        await until_kept(database, len(simulator.accounts))
         listener.signal(signal.SIGUSR1)
         await until(lambda: bool(told(listener, killing.ARMED)))
         yield listener
+
+
+async def until_kept(dsn: str, sessions: int) -> None:
+    """Until so many sessions can be resumed, which is written soon after they are up; the test's own time-out
+    is the bound."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        while await connection.fetchval("SELECT count(*) FROM bayeux_session") < sessions:
+            pass
+    finally:
+        await connection.close()
 
 
 @asynccontextmanager
