@@ -10,7 +10,6 @@ import pytest
 
 from listener.store.embedded import Embedded
 from tests.support.database import new_database
-from tests.support.leftovers import Before
 
 ROOT = Path(__file__).parents[1]
 RUN_s = 50.0
