@@ -278,14 +278,15 @@ def _is_external(number: str) -> bool:
 
 @cache
 def _participant_object(number: str, *, detailed: bool) -> bytes:
-    """A participant as v2 spells it since October 2015; only external numbers have a location."""
+    """A participant as v2 spells it since October 2015; only numbers of the two countries that calls here are
+    made up of have a location."""
     participant: dict[str, Any] = {
         "e164Number": number if _is_external(number) else "",
         "formattedPhoneNumber": _formatted(number),
         "phoneNumber": number,
         "digits": _digits(number),
     }
-    if detailed and _is_external(number):
+    if detailed and number.startswith(("+1", "+61")):
         american = number.startswith("+1")
         participant["location"] = "Washington D.C." if american else "Victoria"
         participant["country"] = (

@@ -76,6 +76,18 @@ def test_every_script_ends_as_its_truth_says(script: str, dialect: Dialect) -> N
 
 
 @pytest.mark.parametrize("dialect", list(Dialect))
+@pytest.mark.parametrize(
+    "number", ["+442079460017", "+27110009000", "+", "+1", "+61", "+\N{SNOWMAN}", "*", "+ 1"]
+)
+def test_any_number_can_be_dialled(number: str, dialect: Dialect) -> None:
+    """Also one of a country that no script makes up a number of, and what is no number at all."""
+    for script in ("dial_answered", "dial_busy"):
+        call, messages = run(script, dialect, destination=number)
+        assert [(truth.number, truth.finished) for truth in call.truths] == [(number, True)]
+        assert call.truths[0].notifications == len(bodies(messages)) > 1
+
+
+@pytest.mark.parametrize("dialect", list(Dialect))
 def test_same_seed_same_bytes(dialect: Dialect) -> None:
     """A script with the same seed and times gives the same bytes; another seed gives others."""
     name = mix(dialect)[0][0]
