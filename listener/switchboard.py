@@ -8,7 +8,8 @@ the dial. A crash between the two leaves a dial that ends as unknown, and never 
 nothing here ever sends a dial again.
 
 Hang-up, answer and recordings change a call that there is. They are sent at once and their answer is given
-back; only a hang-up of a dial is a fact of the dial, noted before it is sent.
+back; only a hang-up of a dial is a fact of the dial, told once the PBX accepted it: one that was refused, or
+never sent, must not explain why the dial ended.
 
 It refuses to know HTTP, SQL and settings: ways out are handed in as plain values.
 """
@@ -62,7 +63,7 @@ NAMES_SHOWN_MAX = 10
 """So many names are proposed where a wrong one was given."""
 
 TELL_S = 10.0
-"""How long a caller waits for the store to note that he asked for a hang-up."""
+"""How long a caller waits for the store to note a hang-up that the PBX accepted."""
 
 PREVIEW_S_MAX = 8 * 3600.0
 """How long ago a preview record may have been heard that is dialled by its handle: a shift."""
@@ -199,6 +200,7 @@ class Switchboard:
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),  # noqa: TID251 - a shell's default
         new_id: Callable[[], str] = _new_id,
         sending_max: int = SENDING_MAX,
+        tell_s: float = TELL_S,
     ) -> None:
         self.gws: dict[str, GwsWay] = {}
         self.noojee: dict[str, NoojeeWay] = {}
@@ -211,6 +213,7 @@ class Switchboard:
         self._wall = wall
         self._new_id = new_id
         self._sending_max = sending_max
+        self._tell_s = tell_s
         self._sending = 0
         self._tasks: asyncio.TaskGroup | None = None
         self._idle = asyncio.Event()
@@ -439,8 +442,9 @@ class Switchboard:
     async def hang_up(self, dial: Dial) -> Dial:
         """Ask for a dial to be hung up, and give it as it is then.
 
-        Only Noojee can, by the id of its call, since by extension it may be another call. Raises `NotAllowed`
-        where that cannot be done, and what `answered` raises.
+        Only Noojee can, by the id of its call, since by extension it may be another call. It is a fact of the
+        dial only when Noojee accepted it. Raises `NotAllowed` where that cannot be done, and what `answered`
+        raises.
         """
         if dial.outcome is not None:
             return dial
@@ -449,24 +453,24 @@ class Switchboard:
         way = next((way for way in self.noojee.values() if dial.account in way.accounts.values()), None)
         if way is None:
             raise NotKnown(f"no [noojee] of the settings has the account of the dial {dial.id}; add it")
+        _allowed(way, "noojee")
         ids = () if dial.call is None else await self._call_ids(dial.call)
         if not ids:
             raise NotAllowed(
                 f"which call the dial {dial.id} is was not heard yet, and by extension another call might be "
                 "hung up; ask again in a moment"
             )
-        request = NoojeeHangup(exten_or_unique_id=ids[0])
-        kept = await self._tell(dial.id, HangupRequested())
-        self._log.info("hang-up", dial=dial.id)
-        answered(await _allowed(way, "noojee").calls.hangup(request))
-        return kept or dial
-
-    async def _tell(self, dial: str, fact: Fact) -> Dial | None:
+        asked_at = self._wall()
+        said = await way.calls.hangup(NoojeeHangup(exten_or_unique_id=ids[0]))
+        self._log.info("hang-up", dial=dial.id, said=type(said).__name__.lower())
+        answered(said)
         try:
-            async with asyncio.timeout(TELL_S):
-                return await self._watch.tell(dial, fact, self._wall())
-        except TimeoutError:
-            raise StoreError("the database does not answer, so nothing was sent; ask again later") from None
+            async with asyncio.timeout(self._tell_s):
+                return await self._watch.tell(dial.id, HangupRequested(), asked_at) or dial
+        except (TimeoutError, StoreError) as error:
+            # It was done, and an error would say that it was not. The watch notes it when the store is back.
+            self._log.warning("a hang-up is not noted yet", dial=dial.id, error=str(error))
+            return dial
 
     async def control(self, action: str, fields: JsonObject) -> None:
         """Have Noojee do something with a call: `hangup`, `answer`, `start` or `stop` (recording).

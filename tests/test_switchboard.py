@@ -8,9 +8,20 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from listener.core.calls import JsonObject
-from listener.core.dialling import Accepted, Cause, NotAnswered, Outcome, Refused, System
+from listener.core.dialling import (
+    Accepted,
+    Cause,
+    Dial,
+    EndedBy,
+    NoojeeStatus,
+    NotAnswered,
+    Outcome,
+    Refused,
+    System,
+)
 from listener.core.requests import Acknowledgement
 from listener.dialwatch import DialWatch
 from listener.errors import (
@@ -33,6 +44,11 @@ GWS = {"system": "gws", "account": "ann", "number": "5001"}
 NOOJEE = {"system": "noojee", "number": "0383208100", "extenOrUniqueId": "SIP/101"}
 CLICK2DIAL = {"system": "click2dial", "agent": "201", "callee": "0820001234", "outbound_id": "27820001234"}
 RECORD = {"recordHandle": 431, "phoneNumber": "5001", "outboundCallerId": "410004343"}
+
+
+def now() -> datetime:
+    """The time of day."""
+    return datetime.now(UTC)  # noqa: TID251 - a shell's default
 
 
 @dataclass
@@ -79,7 +95,7 @@ async def working(journal: Journal, **options: Any) -> AsyncIterator[Board]:
     """A switchboard with an account that may dial and one that may not, a Noojee and a Click2Dial."""
     ids = await journal.register([AccountRow(name, "", "lab") for name in ("ann", "bob", "desk", "c2d")])
     dials, party = Dials(journal), Party()
-    watch = DialWatch(dials, Metrics(), wall=lambda: datetime.now(UTC))  # noqa: TID251 - a shell's default
+    watch = DialWatch(dials, Metrics(), wall=now)
 
     async def call_ids(call: int) -> tuple[str, ...]:
         return (f"1543022361.{call}",)
@@ -268,3 +284,95 @@ async def test_a_dial_is_hung_up_by_the_id_of_its_call(journal: Journal) -> None
         gws = await there.switchboard.place(GWS)
         with pytest.raises(NotAllowed, match="gws has no request that hangs up"):
             await there.switchboard.hang_up(gws.dial)
+
+
+async def under_way(there: Board) -> Dial:
+    """A Noojee dial whose call is known."""
+    placed = await there.switchboard.place(NOOJEE)
+    assert await there.ended(placed) is None
+    dial = await there.watch.tell(placed.dial.id, NoojeeStatus("Dialing Out"), now())
+    assert dial is not None
+    return structs.replace(dial, call=57)
+
+
+async def hung_up(there: Board, dial: Dial) -> Dial:
+    """The dial when its PBX said that the call is over."""
+    told = await there.watch.tell(dial.id, NoojeeStatus("Hungup"), now())
+    assert told is not None
+    assert told.outcome is not None
+    return told
+
+
+async def test_a_hang_up_that_was_accepted_is_why_a_dial_ended(journal: Journal) -> None:
+    """With the moment when it was asked, which was before the PBX answered."""
+    async with working(journal) as there:
+        dial = await under_way(there)
+        there.party.gate.clear()
+        async with asyncio.TaskGroup() as tasks:
+            asking = tasks.create_task(there.switchboard.hang_up(dial))
+            await until(lambda: len(there.party.asked) == 2)
+            unanswered = await there.dials.get(dial.id)
+            assert unanswered is not None
+            assert unanswered.hangup_at is None
+            after = now()
+            there.party.gate.set()
+        asked = asking.result().hangup_at
+        assert asked is not None
+        assert asked <= after
+        assert there.party.asked[-1].exten_or_unique_id == "1543022361.57"
+        told = await hung_up(there, dial)
+        assert (told.outcome, told.ended_by) == (Outcome.CANCELLED, EndedBy.AGENT)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Refused(Cause(System.NOOJEE, "Code", "-1", "No such call")),
+        NotAnswered(sent=False, system=System.NOOJEE),
+        NotAnswered(sent=True, system=System.NOOJEE),
+    ],
+)
+async def test_a_hang_up_that_was_not_accepted_explains_nothing(
+    journal: Journal, said: Acknowledgement
+) -> None:
+    """The call went on, or may have: what ends it later is not known to be ours."""
+    async with working(journal) as there:
+        dial = await under_way(there)
+        there.party.said = said
+        with pytest.raises(RemoteError):
+            await there.switchboard.hang_up(dial)
+        told = await hung_up(there, dial)
+        assert (told.hangup_at, told.outcome) == (None, Outcome.UNKNOWN)
+
+
+async def test_a_hang_up_that_the_settings_refuse_is_neither_sent_nor_noted(journal: Journal) -> None:
+    """Dials were switched off meanwhile."""
+    async with working(journal) as there:
+        dial = await under_way(there)
+        ways = there.switchboard.noojee
+        ways["office"] = structs.replace(ways["office"], dials=False)
+        with pytest.raises(NotAllowed, match="set dials = true"):
+            await there.switchboard.hang_up(dial)
+        assert len(there.party.asked) == 1
+        told = await hung_up(there, dial)
+        assert (told.hangup_at, told.outcome) == (None, Outcome.UNKNOWN)
+
+
+async def test_a_hang_up_is_noted_when_the_store_is_back(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was done, so the caller is told no error, and the dial learns of it later."""
+    async with working(journal, tell_s=0.05) as there:
+        dial = await under_way(there)
+        take, back = there.dials.take, asyncio.Event()
+
+        async def slow(*batch: Any) -> Any:
+            await back.wait()
+            return await take(*batch)
+
+        monkeypatch.setattr(there.dials, "take", slow)
+        assert await there.switchboard.hang_up(dial) == dial
+        assert len(there.party.asked) == 2
+        back.set()
+        told = await hung_up(there, dial)
+        assert (told.outcome, told.ended_by) == (Outcome.CANCELLED, EndedBy.AGENT)
