@@ -51,7 +51,16 @@ from listener.core.requests import (
     NoojeeStopRecording,
     preview_dial,
 )
-from listener.errors import InvalidRequest, KeyReused, NotAllowed, NotKnown, RemoteError, StoreError, TooMany
+from listener.errors import (
+    InvalidRequest,
+    KeyReused,
+    NotAllowed,
+    NotKnown,
+    RemoteError,
+    StoreError,
+    StoreUnavailable,
+    TooMany,
+)
 
 SENDING_MAX = 200
 """Dials that are being asked for at the same time; a further one is refused before it is written down."""
@@ -61,6 +70,10 @@ KEY_CHARS_MAX = 200
 
 NAMES_SHOWN_MAX = 10
 """So many names are proposed where a wrong one was given."""
+
+PLACE_S = 10.0
+"""How long the database may take to write a dial down, and how old a dial may be that is sent: by then its
+caller has an answer. Less than he waits for it (`listener.api.REQUEST_S`), lest we dial when he gave up."""
 
 TELL_S = 10.0
 """How long a caller waits for the store to note a hang-up that the PBX accepted."""
@@ -200,6 +213,7 @@ class Switchboard:
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),  # noqa: TID251 - a shell's default
         new_id: Callable[[], str] = _new_id,
         sending_max: int = SENDING_MAX,
+        place_s: float = PLACE_S,
         tell_s: float = TELL_S,
     ) -> None:
         self.gws: dict[str, GwsWay] = {}
@@ -213,6 +227,7 @@ class Switchboard:
         self._wall = wall
         self._new_id = new_id
         self._sending_max = sending_max
+        self._place_s = place_s
         self._tell_s = tell_s
         self._sending = 0
         self._tasks: asyncio.TaskGroup | None = None
@@ -238,8 +253,19 @@ class Switchboard:
         preview record that was heard, `recordHandle` alone will do, or the `message` that brought it.
 
         It is written down when this returns, and being asked for. Raises `InvalidRequest`, `NotKnown`,
-        `NotAllowed`, `KeyReused`, `TooMany` or `StoreError`; in each of these cases nothing is sent.
+        `NotAllowed`, `KeyReused`, `TooMany` or `StoreError`, the last after `PLACE_S` at most; in each of
+        these cases nothing is sent, and a dial that was written all the same ends as unknown.
         """
+        try:
+            async with asyncio.timeout(self._place_s):
+                return await self._place(fields, key)
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"the database did not take the dial within {self._place_s:g} s, so nothing was sent; "
+                "ask again with the same key when it answers"
+            ) from None
+
+    async def _place(self, fields: JsonObject, key: str | None) -> Placed:
         if key is not None and not (0 < len(key) <= KEY_CHARS_MAX and key.isascii() and key.isprintable()):
             raise InvalidRequest(
                 "Idempotency-Key",
@@ -290,7 +316,10 @@ class Switchboard:
         """Asks for the call, once, and tells the dial what came of that."""
         fact: Acknowledgement
         try:
-            fact = await ready.send()
+            if (late := self._too_late(dial)) is not None:
+                fact = NotAnswered(sent=False, system=ready.system, text=late)
+            else:
+                fact = await ready.send()
         except Exception as error:  # noqa: BLE001 - it may have been sent, and must not be sent again
             self._log.exception("a dial broke", dial=dial.id)
             fact = NotAnswered(
@@ -301,6 +330,15 @@ class Switchboard:
         self._log.info("dial", dial=dial.id, system=str(ready.system), said=type(fact).__name__.lower())
         with suppress(StoreError):  # its deadline ends it
             await self._watch.tell(dial.id, fact, self._wall())
+
+    def _too_late(self, dial: Dial) -> str | None:
+        """Why a dial is not sent any more: this process, or its machine, stood still meanwhile."""
+        now = self._wall()
+        if now - dial.requested_at > timedelta(seconds=self._place_s):
+            return f"it was asked for more than {self._place_s:g} s before it could be sent; ask again"
+        if dial.deadline_at is not None and now >= dial.deadline_at:
+            return "its deadline passed before it could be sent; raise limits.dial_requested_s"
+        return None
 
     def _done(self) -> None:
         self._sending -= 1

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from listener.core.calls import JsonObject
 from listener.core.dialling import (
     Accepted,
     Cause,
+    Deadlines,
     Dial,
     EndedBy,
     NoojeeStatus,
@@ -37,7 +38,7 @@ from listener.errors import (
 from listener.metrics import Metrics
 from listener.store.dials import Dials
 from listener.store.journal import AccountRow, Journal
-from listener.switchboard import Click2DialWay, GwsWay, NoojeeWay, Placed, Switchboard
+from listener.switchboard import PLACE_S, Click2DialWay, GwsWay, NoojeeWay, Placed, Switchboard
 from tests.support.running import until
 
 GWS = {"system": "gws", "account": "ann", "number": "5001"}
@@ -170,6 +171,64 @@ async def test_what_the_store_does_not_take_is_not_sent(journal: Journal) -> Non
         with pytest.raises(StoreUnavailable):
             await there.switchboard.place(GWS)
         await there.switchboard.drain()
+        assert there.party.asked == []
+
+
+async def test_a_dial_that_was_written_too_late_is_not_sent(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller is told so by then, and a row that was committed all the same ends at its deadline."""
+    async with working(journal, place_s=0.2) as there:
+        place, written = there.dials.place, asyncio.Event()
+
+        async def slow(*dial: Any) -> Any:
+            await place(*dial)
+            written.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(there.dials, "place", slow)
+        with pytest.raises(StoreUnavailable, match=r"within 0\.2 s, so nothing was sent"):
+            await there.switchboard.place(GWS, "order-1")
+        assert written.is_set()
+        monkeypatch.setattr(there.dials, "place", place)
+        again = await there.switchboard.place(GWS, "order-1")
+        assert not again.is_new
+        await there.switchboard.drain()
+        assert there.party.asked == []
+        (overdue,) = await there.dials.overdue(now() + timedelta(days=1), 10)
+        assert overdue.id == again.dial.id
+
+
+@pytest.mark.parametrize(
+    ("later_s", "outcome", "words"),
+    [
+        (PLACE_S, None, ""),
+        (PLACE_S + 0.1, Outcome.FAILED, "more than 10 s before it could be sent"),
+    ],
+)
+async def test_a_dial_that_grew_old_before_it_was_sent_is_not_sent(
+    journal: Journal, later_s: float, outcome: Outcome | None, words: str
+) -> None:
+    """The machine slept between the two; the dial says that nothing was sent."""
+    moments = [now()]
+    async with working(journal, wall=lambda: moments[-1]) as there:
+        placed = await there.switchboard.place(GWS)
+        moments.append(placed.dial.requested_at + timedelta(seconds=later_s))
+        assert await there.ended(placed) is outcome
+        assert len(there.party.asked) == (outcome is None)
+        dial = await there.dials.get(placed.dial.id)
+        assert dial is not None
+        assert words in (dial.cause.text if dial.cause is not None else "")
+
+
+async def test_a_dial_whose_deadline_passed_is_not_sent(journal: Journal) -> None:
+    """It may have ended as unknown by then, and a call after that would be nobody's."""
+    moments = [now()]
+    deadlines = Deadlines(requested_s=0.5)
+    async with working(journal, wall=lambda: moments[-1], deadlines=deadlines) as there:
+        placed = await there.switchboard.place(GWS)
+        moments.append(placed.dial.requested_at + timedelta(seconds=0.5))
+        assert await there.ended(placed) is Outcome.FAILED
         assert there.party.asked == []
 
 
