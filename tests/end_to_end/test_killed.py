@@ -69,7 +69,7 @@ async def stretches(dsn: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for row in rows:
         assert row["before"] in (None, row["since"]), f"a moment without a row: {dict(row)}"
-        if row["since"] != row["until"]:
+        if row["since"] != row["until"] or not row["cause"]:  # what was withdrawn is no gap
             causes = found.setdefault(row["name"], [])
             if row["cause"] not in causes[-1:]:
                 causes.append(row["cause"])
