@@ -36,10 +36,10 @@ from listener.core.dialling import (
     NotAnswered,
     Refused,
     System,
-    extension,
     placed,
 )
 from listener.core.requests import (
+    TEXT_CHARS_MAX,
     Acknowledgement,
     Click2DialCall,
     GwsDial,
@@ -182,9 +182,24 @@ class _Asked(Struct, frozen=True):
     environment: str | None = None
     campaign: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("account", "environment", "campaign"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not value.strip():
+                raise InvalidRequest(name, "is empty", "give it a value, or leave it out")
+            if len(value) > TEXT_CHARS_MAX:
+                raise InvalidRequest(name, f"has {len(value)} characters", f"shorten it to {TEXT_CHARS_MAX}")
+            if not value.isprintable():
+                raise InvalidRequest(name, "has control characters", "leave them out")
+
 
 _S = TypeVar("_S", bound=Struct)
 _W = TypeVar("_W", NoojeeWay, Click2DialWay)
+
+_REFERENCES = ("contact_ref", "call_ref", "reference")
+"""What Click2Dial calls a reference: from v3.0.0, before that, and in `Click2DialCall`."""
 
 _OURS = frozenset(_Asked.__struct_fields__)
 
@@ -457,11 +472,13 @@ class Switchboard:
 
     def _by_click2dial(self, asked: _Asked, own: JsonObject, id: str) -> _Ready:
         way = _allowed(_only(self.click2dial, asked.environment, "click2dial"), "click2dial")
-        # Its name depends on the version, which the settings know.
-        for name in ("contact_ref", "call_ref"):
-            if name in own:
-                own = {"reference": own[name], **{key: own[key] for key in own if key != name}}
-        request = _converted({"reference": id, **own, "before_v3": way.before_v3}, Click2DialCall)
+        # Its name depends on the version, which the settings know. None is none, and ours takes its place.
+        given = {name: own[name] for name in _REFERENCES if own.get(name) is not None}
+        if len(given) > 1:
+            raise InvalidRequest(" and ".join(given), "are names of one parameter", "give one of them")
+        reference = next(iter(given.values()), id)
+        rest = {name: value for name, value in own.items() if name not in _REFERENCES}
+        request = _converted({**rest, "reference": reference, "before_v3": way.before_v3}, Click2DialCall)
         account = _account(way.accounts, way.name, "agent", request.agent)
         shown = request.outbound_id
         return _Ready(
@@ -591,8 +608,9 @@ def _allowed(way: _W, section: str) -> _W:
 
 
 def _account(accounts: Mapping[str, int], pbx: str, argument: str, device: str) -> int:
-    """The account of an extension, which may be written with its technology."""
-    bare = extension(device)
+    """The account of an extension, which may be written with its technology: exactly, unlike what a PBX says
+    of a channel, since `SIP/101-boss` is another telephone than `SIP/101`."""
+    bare = device.rpartition("/")[2]
     if bare not in accounts:
         raise NotKnown(
             f"{argument}: {device!r:.60} is no extension of {pbx} in the settings; add it to extensions"

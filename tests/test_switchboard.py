@@ -274,9 +274,19 @@ async def test_a_defect_of_an_adapter_is_no_second_dial(journal: Journal) -> Non
         ({**GWS, "number": "50 01"}, InvalidRequest, "number: '50 01' has a blank"),
         ({**NOOJEE, "environment": "home"}, NotKnown, "no \\[noojee.home\\]; known are office"),
         ({**NOOJEE, "extenOrUniqueId": "SIP/999"}, NotKnown, "'SIP/999' is no extension of office"),
+        ({**NOOJEE, "extenOrUniqueId": "SIP/101-boss"}, NotKnown, "'SIP/101-boss' is no extension of office"),
         ({**NOOJEE, "extenOrUniqueId": "101"}, InvalidRequest, "no extension with its technology"),
         ({**CLICK2DIAL, "callee": "820001234"}, InvalidRequest, "begins with neither 0, 27 nor 00"),
         ({**CLICK2DIAL, "contact_ref": "a b"}, InvalidRequest, "contact_ref: 'a b' is not made of"),
+        (
+            {**CLICK2DIAL, "contact_ref": "a", "call_ref": "a"},
+            InvalidRequest,
+            "contact_ref and call_ref: are names of one parameter; give one of them",
+        ),
+        ({**GWS, "campaign": "x" * 256}, InvalidRequest, "campaign: has 256 characters; shorten it to 255"),
+        ({**GWS, "campaign": "spring\x00"}, InvalidRequest, "campaign: has control characters"),
+        ({**GWS, "campaign": " "}, InvalidRequest, "campaign: is empty"),
+        ({**GWS, "environment": "\ud800"}, InvalidRequest, "environment: has control characters"),
         ({"system": "preview", "message": {"a": 1}}, InvalidRequest, "the message is no preview record"),
     ],
 )
@@ -305,6 +315,28 @@ async def test_dials_are_made_so_that_they_can_be_recognised(journal: Journal) -
         assert mine.reference == "mine"
         assert click2dial.reference.startswith("d-")
         assert (noojee.monitored, quiet.monitored) == (True, False)
+
+
+@pytest.mark.parametrize("name", ["contact_ref", "call_ref", "reference"])
+async def test_a_reference_goes_by_any_of_its_names(journal: Journal, name: str) -> None:
+    """None is as if it were not given: the dial's own id is the reference."""
+    async with working(journal) as there:
+        named = await there.switchboard.place({**CLICK2DIAL, name: "mine"})
+        nameless = await there.switchboard.place({**CLICK2DIAL, "contact_ref": None, name: None})
+        await there.switchboard.drain()
+        assert [each.reference for each in there.party.asked] == ["mine", nameless.dial.id]
+        assert (named.dial.reference, nameless.dial.reference) == ("mine", nameless.dial.id)
+
+
+async def test_an_extension_of_the_settings_may_have_a_dash(journal: Journal) -> None:
+    """It is compared as a whole with what follows the technology."""
+    async with working(journal) as there:
+        ways = there.switchboard.noojee
+        (account,) = ways["office"].accounts.values()
+        ways["office"] = structs.replace(ways["office"], accounts={"101-boss": account})
+        assert (await there.switchboard.place({**NOOJEE, "extenOrUniqueId": "SIP/101-boss"})).is_new
+        with pytest.raises(NotKnown):
+            await there.switchboard.place(NOOJEE)
 
 
 Control = Callable[[Switchboard], Awaitable[None]]
