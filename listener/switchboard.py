@@ -307,7 +307,7 @@ class Switchboard:
             campaign=asked.campaign,
             deadlines=self._deadlines,
         )
-        request: JsonObject = {"system": asked.system, "campaign": asked.campaign, **own}
+        request: JsonObject = {**structs.asdict(asked), **own}
         # Counted before the first wait, so that the bound holds for callers at the same time.
         self._sending += 1
         self._idle.clear()

@@ -130,8 +130,8 @@ async def test_a_dial_is_written_before_it_is_sent(journal: Journal, fields: Jso
         assert kept == placed.dial
         assert kept is not None
         assert kept.accepted_at is None
-        asked = {name: value for name, value in fields.items() if name != "account"}
-        assert await there.dials.requested(kept.id) == {"campaign": None, **asked}
+        unsaid = {"account": None, "environment": None, "campaign": None}
+        assert await there.dials.requested(kept.id) == {**unsaid, **fields}
 
 
 async def test_what_a_system_says_is_a_fact_of_the_dial(journal: Journal) -> None:
@@ -147,7 +147,7 @@ async def test_what_a_system_says_is_a_fact_of_the_dial(journal: Journal) -> Non
 
 
 async def test_the_same_key_never_dials_twice(journal: Journal) -> None:
-    """Also when both come at once; with another request it is refused, by another account it is another."""
+    """Also when both come at once; with another request, or by another way, it is refused."""
     async with working(journal) as there:
         first, second = await asyncio.gather(
             there.switchboard.place(GWS, "order-1"), there.switchboard.place(dict(GWS), "order-1")
@@ -156,12 +156,32 @@ async def test_the_same_key_never_dials_twice(journal: Journal) -> None:
         assert first.is_new is not second.is_new
         await there.switchboard.drain()
         assert len(there.party.asked) == 1
-        with pytest.raises(KeyReused, match="used for another request"):
-            await there.switchboard.place({**GWS, "userData": {"a": "b"}}, "order-1")
-        other = await there.switchboard.place(NOOJEE, "order-1")
-        assert other.is_new
+        ways = there.switchboard.gws
+        ways["bob"] = structs.replace(ways["bob"], dials=True)
+        for other in (
+            {**GWS, "userData": {"a": "b"}},
+            {**GWS, "account": "bob"},
+            {**GWS, "environment": "lab"},
+            {**GWS, "campaign": "spring"},
+            NOOJEE,
+        ):
+            with pytest.raises(KeyReused, match="used for another request"):
+                await there.switchboard.place(other, "order-1")
         await there.switchboard.drain()
-        assert len(there.party.asked) == 2
+        assert len(there.party.asked) == 1
+
+
+async def test_a_key_is_kept_when_its_request_falls_to_another_account(journal: Journal) -> None:
+    """The settings were changed between a lost answer and the same request again: it is the same dial."""
+    async with working(journal) as there:
+        ways, request = there.switchboard.gws, {"system": "gws", "number": "5001"}
+        first = await there.switchboard.place(dict(request), "order-1")
+        for name, dials in (("ann", False), ("bob", True)):
+            ways[name] = structs.replace(ways[name], dials=dials)
+        again = await there.switchboard.place(dict(request), "order-1")
+        assert (again.dial.id, again.is_new) == (first.dial.id, False)
+        await there.switchboard.drain()
+        assert len(there.party.asked) == 1
 
 
 async def test_what_the_store_does_not_take_is_not_sent(journal: Journal) -> None:

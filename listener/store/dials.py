@@ -79,16 +79,16 @@ class Dials:
     ) -> tuple[Dial, bool]:
         """Write down a dial that is about to be asked for; send the request only when the answer says True.
 
-        `key` makes it dial once: where a dial of that system and account has it already, that one is given,
-        with False, and nothing may be sent. `request` is what will be asked, without credentials. Raises
-        StoreError; then nothing may be sent either, and what was written all the same ends as unknown.
+        `key` makes it dial once: where a dial has it already, of whatever system and account, that one is
+        given, with False, and nothing may be sent. `request` is what will be asked, without credentials.
+        Raises StoreError; then nothing may be sent either, and what was written all the same ends as unknown.
         """
         row = _row(_Kept(dial), key)
         asked = None if request is None else rows.encode(request)
         async with self._journal.transaction() as connection:
             if await connection.fetchval(_PLACE, rows.encode([row]), asked) is not None:
                 return dial, True
-            found = await connection.fetchrow(_BY_KEY, dial.system, dial.account, row["idempotency_key"])
+            found = await connection.fetchrow(_BY_KEY, row["idempotency_key"])
             if found is None:
                 raise asyncpg.UniqueViolationError(f"a dial {dial.id} is there already")
             return _kept(found).dial, False
@@ -415,9 +415,7 @@ _PLACE = f"""
     SELECT {_LIST}, $2::json FROM json_populate_recordset(NULL::dial, $1::json)
     ON CONFLICT DO NOTHING RETURNING id"""  # noqa: S608
 
-_BY_KEY = f"""
-    SELECT {_D} FROM dial d
-    WHERE d.system = $1 AND d.account_id = $2 AND d.idempotency_key = $3"""  # noqa: S608
+_BY_KEY = f"SELECT {_D} FROM dial d WHERE d.idempotency_key = $1"  # noqa: S608
 
 _BY_ID = f"SELECT {_D} FROM dial d WHERE d.id = $1"  # noqa: S608
 

@@ -351,11 +351,9 @@ dial = Table(
     _words("idempotency_key", nullable=True),
     Column("request", JSON(none_as_null=True)),
     PrimaryKeyConstraint("id"),
-    # The same key never dials twice.
+    # The same key never dials twice, whatever account the settings of the day give its request.
     Index(
         "uq_dial_idempotency_key",
-        "system",
-        "account_id",
         "idempotency_key",
         unique=True,
         postgresql_where=text("idempotency_key IS NOT NULL"),

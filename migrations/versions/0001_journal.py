@@ -279,7 +279,7 @@ TABLES = (
         request json
     ) WITH (fillfactor = 70)""",
     """
-    CREATE UNIQUE INDEX uq_dial_idempotency_key ON dial (system, account_id, idempotency_key)
+    CREATE UNIQUE INDEX uq_dial_idempotency_key ON dial (idempotency_key)
         WHERE idempotency_key IS NOT NULL""",
     "CREATE INDEX ix_dial_requested_at_id ON dial (requested_at, id)",
     "CREATE INDEX ix_dial_account_id_requested_at_id ON dial (account_id, requested_at, id)",

@@ -109,13 +109,15 @@ async def test_a_number_of_any_length_is_kept(dials: Dials, sql: asyncpg.Connect
 
 
 async def test_the_same_key_never_dials_twice(dials: Dials, again: Dials) -> None:
-    """Who comes second gets the first dial as it is now; another account or system has keys of its own."""
+    """Who comes second gets the first dial as it is now, also by another account or system."""
     assert (await dials.place(asked("d1"), "k"))[1]
     await dials.take(news(("d1", Accepted("s"))))
     kept, is_new = await again.place(asked("d2"), "k")
     assert (kept.id, kept.session, is_new) == ("d1", "s", False)
-    assert (await again.place(asked("d3", System.GWS), "k"))[1]
-    assert (await again.place(placed("d4", 2, System.NOOJEE, "1", T0), "k"))[1]
+    for dial in (asked("d3", System.GWS), placed("d4", 2, System.NOOJEE, "1", T0)):
+        kept, is_new = await again.place(dial, "k")
+        assert (kept.id, is_new) == ("d1", False)
+    assert (await again.place(asked("d4"), "another"))[1]
     assert (await again.place(asked("d5")))[1]
     assert (await again.place(asked("d6")))[1]
     with pytest.raises(StoreError, match="d6"):
