@@ -20,6 +20,7 @@ the same time, 502 the outside system refused, 503 the database does not answer;
 
 import asyncio
 import hmac
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -159,6 +160,8 @@ class _Query:
     def __init__(self, query: MultiMapping[str], known: frozenset[str], now: datetime) -> None:
         if unknown := sorted(set(query) - known):
             raise InvalidRequest(unknown[0], "is no filter here", f"there are {', '.join(sorted(known))}")
+        for name, given in query.items():
+            _text(name, given)
         self._query = query
         self._now = now
 
@@ -179,6 +182,13 @@ class _Query:
             return None if given is None else moment(given, self._now)
         except ValueError as error:
             raise InvalidRequest(name, *_halves(str(error))) from None
+
+    def period(self) -> tuple[datetime | None, datetime | None]:
+        """Its beginning and its end."""
+        since, until = self.moment("since"), self.moment("until")
+        if since is not None and until is not None and until < since:
+            raise InvalidRequest("until", "is before since", "exchange them")
+        return since, until
 
     def one(self, name: str, kind: type[_E]) -> _E | None:
         """One word of a list."""
@@ -202,9 +212,23 @@ class _Query:
     def limit(self) -> int:
         """How many."""
         given = self._query.get("limit", str(LIMIT))
-        if not (given.isascii() and given.isdecimal() and 0 < int(given) <= PAGE_MAX):
+        if not (_COUNT.fullmatch(given) and 0 < int(given) <= PAGE_MAX):
             raise InvalidRequest("limit", "is no number that is allowed", f"write 1 to {PAGE_MAX}")
         return int(given)
+
+
+_COUNT = re.compile(r"[0-9]{1,9}")
+"""More digits are no number of dials, and int() refuses more than 4300."""
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""PostgreSQL has no NUL in a text; a surrogate is what a byte becomes that is no UTF-8."""
+
+
+def _text(name: str, given: str) -> str:
+    """A value of a URL that can be looked for. Raises `InvalidRequest`."""
+    if _NO_TEXT.search(given):
+        raise InvalidRequest(name, "has a byte that is in no text", "write it as UTF-8, without NUL")
+    return given
 
 
 def _halves(text: str) -> tuple[str, str]:
@@ -314,12 +338,13 @@ class Api:
 
     async def _dials(self, request: web.Request) -> web.Response:
         query = _Query(request.query, _FILTERS, self._wall())
+        since, until = query.period()
         page = await self._history.dials(
-            since=query.moment("since"),
-            until=query.moment("until"),
+            since=since,
+            until=until,
             accounts=query.texts("account"),
             tenant=query.texts("tenant"),
-            system=query.one("system", System),
+            systems=query.several("system", System),
             origin=query.one("origin", Origin),
             outcomes=query.several("outcome", Outcome),
             waiting=query.yes("waiting"),
@@ -335,23 +360,27 @@ class Api:
     async def _why(self, request: web.Request) -> web.Response:
         now = self._wall()
         query = _Query(request.query, _WHY_FILTERS, now)
+        since, until = query.period()
+        since, until = since or moment(WHY_LAST, now), until or now + timedelta(seconds=1)
+        if until < since:
+            raise InvalidRequest("since", "is after the end of the period", "give an earlier one")
         tallies = await self._history.tallies(
-            query.moment("since") or moment(WHY_LAST, now),
-            query.moment("until") or now + timedelta(seconds=1),
+            since,
+            until,
             before=query.moment("before"),
             accounts=query.texts("account"),
             tenant=query.texts("tenant"),
-            system=query.one("system", System),
+            systems=query.several("system", System),
             origin=query.one("origin", Origin),
         )
         return _json(await asyncio.to_thread(explain, *tallies))
 
     async def _dial(self, request: web.Request) -> web.Response:
-        id = request.match_info["id"]
+        id = _text("id", request.match_info["id"])
         return _json(timeline_told(_there(await self._history.dial(id), id)))
 
     async def _hang_up(self, request: web.Request) -> web.Response:
-        id = request.match_info["id"]
+        id = _text("id", request.match_info["id"])
         found = _there(await self._history.dial(id), id).found
         return _json(dial_told(await self._places.hang_up(found.dial)), status=202)
 

@@ -534,7 +534,7 @@ def _dials(options: argparse.Namespace) -> int:
             until=options.until,
             accounts=options.account,
             tenant=options.tenant,
-            system=options.system,
+            systems=options.system,
             origin=options.origin,
             outcomes=options.outcome,
             waiting=True if options.waiting else None,
@@ -583,7 +583,7 @@ def _dials_why(options: argparse.Namespace) -> int:
             options.until or now,
             accounts=options.account,
             tenant=options.tenant,
-            system=options.system,
+            systems=options.system,
             origin=options.origin,
         )
 
@@ -1229,7 +1229,15 @@ def _dial_questions(command: Callable[..., argparse.ArgumentParser], period: _Ad
     which.add_argument("--waiting", action="store_true", help="only those that wait for their end")
     which.add_argument("--leg", type=_word("Leg"), metavar="WORD", help="agent, callee or system")
     which.add_argument("--cause", metavar="CODE", help='a raw cause, "ErrorCode 231", or its code alone')
-    which.add_argument("--system", type=_word("System"), metavar="WORD", help="gws, noojee or click2dial")
+    which.add_argument(
+        "--system",
+        type=_word("System"),
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="gws, noojee or click2dial; may be repeated",
+    )
     which.add_argument("--origin", type=_word("Origin"), metavar="WORD", help="placed or overheard")
     which.add_argument("--number", type=_number, help="a whole number, in any spelling")
     which.add_argument("--number-ends", type=_number, metavar="DIGITS", help="the last digits of one")

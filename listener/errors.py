@@ -4,7 +4,7 @@
 
     ListenerError                what we say to a person: one sentence with the cause and the cure
     ├── SettingsError            a setting is wrong; names the file, the key and what to write instead
-    ├── InvalidRequest           a dial or recording was asked for wrongly: nothing was sent
+    ├── InvalidRequest           a dial, a recording or a list was asked for wrongly: nothing was sent
     ├── NotKnown                 what was named is not there: an account, an extension, a dial
     ├── NotAllowed               the settings do not let this listener do it, or it cannot be done there
     ├── KeyReused                an idempotency key was used before, for another request: nothing was sent
@@ -31,7 +31,7 @@ class SettingsError(ListenerError):
 
 
 class InvalidRequest(ListenerError):
-    """A request to an outside party is wrong, and was not sent. `argument` is the parameter as its vendor
+    """A request is wrong; one to an outside party was not sent. `argument` is the parameter as its vendor
     spells it; the message says which rule it broke, and what to write instead."""
 
     def __init__(self, argument: str, rule: str, cure: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 from aiohttp import ClientSession
 from msgspec import structs
 from pydantic import SecretStr
+from yarl import URL
 
 from listener.api import BODY_BYTES_MAX, Client
 from listener.errors import (
@@ -133,6 +134,54 @@ async def test_each_refusal_has_its_status(client: Client, there: Centres, liste
         assert told["cure"], told
         assert TOKEN not in str(told)
     assert len((await client.dials())["dials"]) == 1
+
+
+NO_TEXT = ["%00", "a%00b", "%ED%A0%80x%00"]
+FAR = "9" * 5000
+
+
+NO_QUESTIONS = [
+    *[("id", f"/dials/{value}") for value in NO_TEXT],
+    *[
+        (name, f"/dials?{name}={value}")
+        for name in ("number", "number_ends", "cause", "account", "tenant", "after")
+        for value in NO_TEXT
+    ],
+    ("after", "/dials?after=zzz"),
+    ("after", f"/dials?after={FAR}-d-1"),
+    ("limit", f"/dials?limit={FAR}"),
+    ("limit", "/dials?limit=%C2%B2"),
+    ("since", f"/dials?last={FAR}d"),
+    ("until", "/dials?since=2026-01-02&until=2026-01-01"),
+    ("tenant", "/dials/why?tenant=%00"),
+    ("since", "/dials/why?since=9999-12-31T23:59:59Z"),
+    ("since", "/dials/why?since=0001-01-01T00:00:00Z"),
+    ("since", "/dials/why?until=2020-01-01"),
+    ("until", "/dials/why?since=2026-01-02&until=2026-01-01"),
+]
+
+
+async def test_what_no_question_can_be_is_400(client: Client) -> None:
+    """Whoever asks so gets a sentence about it: asking again later would not help, and nothing is broken."""
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    async with ClientSession(headers=headers) as http:
+        for argument, path in NO_QUESTIONS:
+            for method in ("GET", "DELETE") if argument == "id" else ("GET",):
+                async with http.request(method, URL(client._url + path, encoded=True)) as answer:
+                    told = await answer.json()
+                assert answer.status == 400, (method, path[:60], told)
+                name, _, rule = told["error"].partition(": ")
+                assert (name, bool(rule), bool(told["cure"])) == (argument, True, True), told
+
+
+async def test_several_systems_are_asked_for(client: Client, there: Centres) -> None:
+    """By repeating the filter."""
+    there.noojee.scripts["0383208100"] = "answered"
+    await client.dial("gws", account="agent5000", number="5001")
+    await client.dial("noojee", number="0383208100", extenOrUniqueId="SIP/101")
+    for query, systems in (("system=gws&system=noojee", {"gws", "noojee"}), ("system=noojee", {"noojee"})):
+        status, told = await _raw(client, "GET", "/dials?" + query)
+        assert (status, {each["system"] for each in told["dials"]}) == (200, systems)
 
 
 async def test_what_the_store_does_not_take_is_503(client: Client, listening: InProcess) -> None:

@@ -890,6 +890,10 @@ async def test_dials_are_placed_followed_and_told(
     assert (busy["outcome"], busy["cause"]["code"], busy["key"]) == ("busy", "busy 17", "k1")
     assert await run(*click2dial, "0820001234") == cli.OK
     assert capsys.readouterr().out.split()[1] in {"accepted", "answered"}
+    assert await run("dials", "--system", "noojee", "click2dial", "--outcome", "busy", "-o", "json") == cli.OK
+    assert [each["id"] for each in json.loads(capsys.readouterr().out)["dials"]] == [busy["id"]]
+    assert await run("dials", "--after", "zzz") == cli.USAGE
+    assert "after: is not where a page ended; take it from the page before" in capsys.readouterr().err
     assert await run("dials", "--outcome", "answered", "--system", "gws") == cli.OK
     table = capsys.readouterr().out
     assert id in table

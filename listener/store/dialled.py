@@ -26,7 +26,7 @@ from listener.core.dialling import (
     normalised,
 )
 from listener.core.why import PREFIX_MAX, Tally
-from listener.errors import StoreError
+from listener.errors import InvalidRequest
 from listener.store.connect import microseconds, moment
 from listener.store.dials import cause_of, dial_of
 from listener.store.history import CALLS as FOUND_CALLS
@@ -106,7 +106,7 @@ class DialHistory(History):
         until: datetime | None = None,
         accounts: Iterable[str] = (),
         tenant: str | Iterable[str] | None = None,
-        system: System | None = None,
+        systems: Iterable[System] = (),
         origin: Origin | None = None,
         outcomes: Iterable[Outcome] = (),
         waiting: bool | None = None,
@@ -122,10 +122,10 @@ class DialHistory(History):
         `outcomes` chooses those that ended in one of these ways; `waiting` those that wait for their end, or
         those that do not. `cause` is a raw cause as `str(Cause)` gives it, or its code alone. `number` is
         whole, in any spelling; `number_ends` gives its last digits. `after` continues a page. Raises
-        StoreError when `after` is none of ours, or the question takes too long.
+        InvalidRequest when `after` is none of ours, and StoreError when the question takes too long.
         """
         chosen = chosen_accounts(accounts, tenant)
-        wanted = _wanted(chosen, since, until, system, origin)
+        wanted = _wanted(chosen, since, until, systems, origin)
         if ended := list(outcomes):
             wanted.append(dial.c.outcome.in_(ended))
         if waiting is not None:
@@ -182,17 +182,23 @@ class DialHistory(History):
         before: datetime | None = None,
         accounts: Iterable[str] = (),
         tenant: str | Iterable[str] | None = None,
-        system: System | None = None,
+        systems: Iterable[System] = (),
         origin: Origin | None = None,
     ) -> tuple[list[Tally], list[Tally]]:
         """How many dials that were requested in [since, until) were alike, and in [before, since), which is
         as long where no other beginning is given. For `listener.core.why.explain`.
 
         What is not decided yet is left out: a dial that rings may yet fail or be answered. The times of
-        tallies that are no failures are not looked up. Raises StoreError when the question takes too long.
+        tallies that are no failures are not looked up. Raises InvalidRequest where no time is as long before
+        `since`, and StoreError when the question takes too long.
         """
-        begin = before if before is not None else since - (until - since)
-        wanted = _wanted(chosen_accounts(accounts, tenant), begin, until, system, origin)
+        try:
+            begin = before if before is not None else since - (until - since)
+        except OverflowError:
+            raise InvalidRequest(
+                "since", "leaves no time before it to compare with", "give a later one, or `before` too"
+            ) from None
+        wanted = _wanted(chosen_accounts(accounts, tenant), begin, until, systems, origin)
         wanted.append(or_(dial.c.outcome.is_not(None), dial.c.connected_at.is_not(None)))
         failed = dial.c.outcome.in_(sorted(FAILURES))
         alike = (
@@ -270,7 +276,7 @@ def _wanted(
     chosen: ColumnElement[bool],
     since: datetime | None,
     until: datetime | None,
-    system: System | None,
+    systems: Iterable[System],
     origin: Origin | None,
 ) -> list[ColumnElement[bool]]:
     wanted = [chosen, dial.c.merged_into.is_(None)]
@@ -278,8 +284,8 @@ def _wanted(
         wanted.append(dial.c.requested_at >= since)
     if until is not None:
         wanted.append(dial.c.requested_at < until)
-    if system is not None:
-        wanted.append(dial.c.system == system)
+    if among := list(systems):
+        wanted.append(dial.c.system.in_(among))
     if origin is not None:
         wanted.append(dial.c.origin == origin)
     return wanted
@@ -301,7 +307,7 @@ def _place(after: str) -> Any:
     try:
         return tuple_(literal(moment(int(requested_at))), literal(id))
     except (ValueError, OverflowError):
-        raise StoreError(f"{after!r} is not where a page ended: take `after` from the page before.") from None
+        raise InvalidRequest("after", "is not where a page ended", "take it from the page before") from None
 
 
 def _leg(value: str | None) -> Leg | None:

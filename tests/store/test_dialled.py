@@ -1,7 +1,7 @@
 """Questions about dials: lists and their pages, one dial with its facts and its call, and what fails more."""
 
 from collections.abc import AsyncIterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -26,7 +26,7 @@ from listener.core.dialling import (
 )
 from listener.core.dialnews import News
 from listener.core.why import explain
-from listener.errors import StoreError
+from listener.errors import InvalidRequest
 from listener.store.dialled import DialHistory
 from listener.store.dials import Dials
 from listener.store.journal import Journal
@@ -88,7 +88,12 @@ async def test_what_is_asked_for_is_found(dials: Dials, history: DialHistory) ->
     assert await ids(history, since=at(2), until=at(4)) == ["failed", "machine"]
     assert await ids(history, accounts=["bob"]) == ["machine"]
     assert await ids(history, tenant="elsewhere") == []
-    assert await ids(history, system=System.NOOJEE) == ["failed"]
+    assert await ids(history, systems=[System.NOOJEE]) == ["failed"]
+    assert await ids(history, systems=[System.NOOJEE, System.CLICK2DIAL], until=at(4)) == [
+        "failed",
+        "machine",
+        "busy",
+    ]
     assert await ids(history, origin=Origin.OVERHEARD) == []
     assert await ids(history, outcomes=[Outcome.BUSY, Outcome.FAILED]) == ["failed", "busy"]
     assert await ids(history, waiting=True) == ["waits"]
@@ -116,8 +121,9 @@ async def test_pages_meet(dials: Dials, history: DialHistory) -> None:
         if after is None:
             break
     assert found == ["d-6", "d-5", "d-4", "d-3", "d-2", "d-1", "d-0"]
-    with pytest.raises(StoreError, match="not where a page ended"):
-        await history.dials(after="x")
+    for stranger in ("", "x", "-", "9" * 5000 + "-d-1", "99999999999999999999-d-1"):
+        with pytest.raises(InvalidRequest, match="not where a page ended"):
+            await history.dials(after=stranger)
 
 
 async def test_an_auditor_sees_how_an_outcome_was_reached(
@@ -202,7 +208,9 @@ async def test_tallies_are_of_what_is_decided(dials: Dials, history: DialHistory
     assert [(each.outcome, each.campaign, each.dials) for each in before] == [(Outcome.ANSWERED, "c", 1)]
     _, longer = await history.tallies(at(60), at(120), before=at(-60))
     assert sum(each.dials for each in longer) == 2
-    assert await history.tallies(at(60), at(120), accounts=["bob"], system=System.GWS) == ([], [])
+    assert await history.tallies(at(60), at(120), accounts=["bob"], systems=[System.GWS]) == ([], [])
+    with pytest.raises(InvalidRequest, match="no time before it"):
+        await history.tallies(datetime(1, 1, 1, tzinfo=UTC), at(0))
 
 
 MANY = """
