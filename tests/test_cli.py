@@ -389,6 +389,15 @@ def test_simulate_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> None:
         assert said.startswith("listener: ")
 
 
+def test_simulate_without_its_redis(capsys: pytest.CaptureFixture[str]) -> None:
+    """It does not begin, rather than end with the first record."""
+    redis = ("--click2dial", "0", "--redis", "redis://127.0.0.1:9/0")
+    code, out, said = _run(capsys, "simulate", "--seconds", "0.1", *redis)
+    assert (code, out) == (cli.USAGE, "")
+    assert said.startswith("listener: simulator: no Redis answers where Click2Dial's records go (")
+    assert said.count("\n") == 1
+
+
 def test_simulate_on_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     """A port that somebody has is named, with the way out."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

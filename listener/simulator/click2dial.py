@@ -8,12 +8,13 @@ reference cut at 230 characters. A record may come late, twice or never.
 Where the reference leaves something open, this is what was chosen: a request that is no JSON or lacks a field
 is HTTP 400; one whose values break a rule is taken, and its record says `error` with end_code 28; before
 v3.0.0 the record has the dial's call_ref as its own, and no contact_ref; a webhook that does not answer 2xx
-is asked again a few times.
+is asked again a few times; a record that Redis does not take is lost.
 
 `Click2DialServer.truth` is what happened, and what can be known of it from the record alone.
 """
 
 import asyncio
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -28,6 +29,9 @@ import aiohttp
 import msgspec
 from aiohttp import web
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
 from listener.errors import SettingsError
 from listener.simulator.party import Party, json_answer
@@ -40,6 +44,11 @@ WEBHOOK_TRIES: Final = 5
 WEBHOOK_PAUSE_S: Final = 0.2
 WEBHOOK_S: Final = 10.0
 """How long the webhook may take to answer."""
+
+REDIS_S: Final = 5.0
+"""How long Redis may take to answer."""
+
+_log = logging.getLogger(__name__)
 
 _AGENT: Final = re.compile(r"\d{3,4}|0\d{9}|27\d{9}|00\d{11,14}")
 _CALLEE: Final = re.compile(r"0\d{9}|27\d{9}|00\d{11,14}")
@@ -180,10 +189,13 @@ class Click2DialServer(Party):
         )
 
     async def __aenter__(self) -> Self:
+        """Raises SettingsError where no Redis answers at `redis_url`."""
+        if self._redis_url is not None:
+            await _answering(self._redis_url)
         await super().__aenter__()
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=WEBHOOK_S))
         if self._redis_url is not None:
-            self._redis = Redis.from_url(self._redis_url)
+            self._redis = _client(self._redis_url)
         return self
 
     async def __aexit__(
@@ -275,9 +287,11 @@ class Click2DialServer(Party):
         if call.fault == "late":
             await asyncio.sleep(self._late_s)
         for _ in range(2 if call.fault == "twice" else 1):
-            call.sent += 1
-            await self._push(CDR_LIST, raw)
+            if await self._push(CDR_LIST, raw) or self.webhook is not None:
+                call.sent += 1
             await self._post(raw)
+        if not call.sent:
+            call.known = "unknown"
 
     def _record(
         self, call: Click2DialCall, how: Disposition, dialed_at: str, direction: str
@@ -328,9 +342,17 @@ class Click2DialServer(Party):
                 return self._rng.choice(("0", "27", "0027", "+27")) + rest
         return number
 
-    async def _push(self, name: str, raw: bytes) -> None:
-        if self._redis is not None:
-            await self._redis.lpush(name, raw)
+    async def _push(self, name: str, raw: bytes) -> bool:
+        """Puts it on a list, if there are any; False if it is lost, which is said."""
+        if self._redis is None:
+            return True
+        try:
+            async with asyncio.timeout(REDIS_S):
+                await self._redis.lpush(name, raw)
+        except (RedisError, OSError) as error:  # OSError: TimeoutError is one
+            _log.warning("a record is lost: Redis does not take it (%s): %r", _said(error), raw)
+            return False
+        return True
 
     async def _post(self, raw: bytes) -> None:
         if self.webhook is None or self._http is None:
@@ -375,3 +397,24 @@ class Click2DialServer(Party):
         call.request = body
         self.spawn(self._play(call))
         return web.Response(body=self._answer, content_type="application/json")
+
+
+def _client(url: str) -> Redis:
+    """A client that asks once: a command that is sent again would be a second record."""
+    return Redis.from_url(url, retry=Retry(NoBackoff(), 0))
+
+
+async def _answering(url: str) -> None:
+    """Raises SettingsError where no Redis answers."""
+    try:
+        async with _client(url) as redis, asyncio.timeout(REDIS_S):
+            await redis.ping()
+    except (RedisError, OSError, ValueError) as error:  # ValueError: it is no such URL
+        raise SettingsError(
+            f"simulator: no Redis answers where Click2Dial's records go ({_said(error)}); start one there, "
+            "or have them posted to a webhook instead (--webhook URL)"
+        ) from None
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from listener.errors import SettingsError
 from listener.simulator.click2dial import CDR_LIST, INBOUND_LIST, MIX, SCRIPTS, Click2DialServer
+from tests.support.redis_server import RedisServer
 
 FAST = 0.0005
 CALLEE = "0820004417"
@@ -147,6 +148,49 @@ async def test_records_by_a_redis_list(redis: Redis, redis_url: str) -> None:
         assert (announced["type"], announced["payload"]["ref"]) == ("call", "205")
         second = json.loads(server.calls[1].record)["payload"]
         assert (second["call_dir"], second["call_ref"]) == ("inbound", announced["payload"]["call_ref"])
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("redis://:swordfish@127.0.0.1:9/0", "127.0.0.1:9"),
+        ("unix:///nowhere/redis.sock", "nowhere"),
+        ("http://127.0.0.1", "redis://"),
+    ],
+)
+async def test_no_redis_is_refused_at_the_start(url: str, why: str) -> None:
+    """In one sentence with the cause and the cure, without its password."""
+    with pytest.raises(SettingsError, match="no Redis answers") as refused:
+        async with Click2DialServer(redis_url=url):
+            pass
+    said = str(refused.value)
+    assert why in said
+    assert said.endswith("; start one there, or have them posted to a webhook instead (--webhook URL)")
+    assert "swordfish" not in said
+    assert "\n" not in said
+
+
+async def test_a_redis_that_goes_costs_its_records(
+    fragile_redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said, the truth knows it, and calls go on; once Redis is back so do records."""
+    scripts = {CALLEE: "busy"}
+    async with Click2DialServer(redis_url=fragile_redis.url, scripts=scripts, time_scale=FAST) as server:
+        server.call("204", CALLEE, "busy")
+        await server.idle()
+        fragile_redis.stop()
+        server.call("205", CALLEE, "busy", inbound=True)
+        assert (await create(server))[0] == 200
+        await server.idle()
+        fragile_redis.start()
+        server.call("206", CALLEE, "busy")
+        await server.idle()
+        async with Redis.from_url(fragile_redis.url) as redis:
+            assert await redis.llen(CDR_LIST) == 1
+    assert [call.sent for call in server.calls] == [1, 0, 0, 1]
+    assert [call.known for call in server.calls] == ["busy", "unknown", "unknown", "busy"]
+    # The inbound call had been announced too.
+    assert ["a record is lost" in each.getMessage() for each in caplog.records].count(True) == 3
 
 
 async def test_records_that_go_wrong(webhook: Webhook) -> None:
