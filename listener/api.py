@@ -438,7 +438,7 @@ class Client:
     """Places dials through a listener that runs, from Python. Use it as an asynchronous context manager.
 
         async with Client("http://127.0.0.1:9465", token) as listener:
-            dial = await listener.dial("gws", account="agent5001", number="5001", key="order-4711")
+            dial = await listener.dial("gws", account="agent5001", number="5000", key="order-4711")
             async for dial in listener.follow(dial["id"]):
                 print(dial["state"], dial["outcome"])
 

@@ -951,7 +951,9 @@ def parser() -> argparse.ArgumentParser:
     simulate.add_argument(
         "--click2dial", type=_whole(0, PORT_MAX), metavar="PORT", help="be a Click2Dial too, there"
     )
-    simulate.add_argument("--redis", metavar="URL", help="where the Click2Dial puts its records")
+    simulate.add_argument(
+        "--redis", metavar="URL", help="the Redis, which must run, for Click2Dial's records"
+    )
     simulate.add_argument("--webhook", metavar="URL", help="where the Click2Dial posts its records")
     simulate.add_argument("--idle", action="store_true", help="play nothing until POST /simulator/play")
 
@@ -1265,7 +1267,7 @@ def _dial_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         _dial,
         "call a number by one of the systems",
         _THROUGH + _DIAL_CODES + "examples:\n"
-        "  listener dial gws --by agent5001 5001 --wait\n"
+        "  listener dial gws --by agent5001 5000 --wait\n"
         "  listener dial noojee --exten-or-unique-id SIP/101 0383208100 --key order-4711\n"
         "  listener dial click2dial --agent 201 --outbound-id 27820001234 0820001234\n"
         "  listener dial hangup d-3edd6b025f6f9641\n",
@@ -1286,7 +1288,11 @@ def _dial_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         added.add_argument("--environment", metavar="NAME", help="by which of several")
         added.add_argument("--wait", action="store_true", help="follow it to its outcome")
         added.add_argument(
-            "--wait-s", type=_above_0, default=14_400.0, metavar="SECONDS", help="follow it for so long"
+            "--wait-s",
+            type=_above_0,
+            default=14_400.0,
+            metavar="SECONDS",
+            help="follow it for so long (14400)",
         )
         added.add_argument(
             "-o", "--output", choices=("table", "json"), default="table", help="for a person or a program"
@@ -1297,7 +1303,7 @@ def _dial_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "gws",
         "dial by an account at Genesys Web Services",
         ("number", "device", "location", "userData", "reference"),
-        '--by agent5001 5001 --user-data \'{"CustomerSegment": "Gold"}\' --wait',
+        '--by agent5001 5000 --user-data \'{"CustomerSegment": "Gold"}\' --wait',
     )
     gws.add_argument("--by", metavar="ACCOUNT", help="the account; else the only one that may dial")
     gws.add_argument("number")
