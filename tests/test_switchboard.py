@@ -207,8 +207,9 @@ async def test_a_dial_that_was_written_too_late_is_not_sent(
             await asyncio.Event().wait()
 
         monkeypatch.setattr(there.dials, "place", slow)
-        with pytest.raises(StoreUnavailable, match=r"within 0\.2 s, so nothing was sent"):
-            await there.switchboard.place(GWS, "order-1")
+        async with asyncio.timeout(3):
+            with pytest.raises(StoreUnavailable, match=r"within 0\.2 s, so nothing was sent"):
+                await there.switchboard.place(GWS, "order-1")
         assert written.is_set()
         monkeypatch.setattr(there.dials, "place", place)
         again = await there.switchboard.place(GWS, "order-1")
