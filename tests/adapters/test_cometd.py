@@ -118,6 +118,8 @@ class Store:
         """How many turns of the event loop each `hear` takes."""
         self.breaks: Exception | None = None
         """Raised by the next `hear`."""
+        self.answers = 0
+        """How often a request had its answer."""
         self.saved: Saved | None = None
         """What the line said that its session can be resumed with."""
         self._places: set[tuple[str, int]] = set()
@@ -160,7 +162,8 @@ class Store:
         self._changed.set()
 
     def answered(self, at: datetime, *, took: bool) -> None:
-        """Part of `Hearing`, not looked at here."""
+        """Part of `Hearing`."""
+        self.answers += 1
 
     def keep(self, saved: Saved | None) -> None:
         """Part of `Hearing`."""
@@ -928,6 +931,24 @@ async def test_the_exact_bytes_are_heard(cometd_peer: CometdFactory) -> None:
     assert [one.position for one in store.heard] == list(range(1, len(TEXTS) + 1))
     assert {one.channel for one in store.heard} == {CALLS, ""}  # what nests too deep to read has no name
     assert {one.account for one in store.heard} == {1}
+
+
+async def test_an_exchange_that_failed_answers_nothing() -> None:
+    """However often it is tried: what was said meanwhile is with the server, and nobody may vouch for it."""
+    asked = asyncio.Semaphore(0)
+
+    async def away(request: web.Request) -> web.Response:
+        await request.read()
+        asked.release()
+        return web.Response(status=503)
+
+    app = web.Application()
+    app.router.add_post("/", away)
+    store = Store()
+    async with serving(app) as url, listening(url, store):
+        for _ in range(4):
+            await asked.acquire()
+    assert store.answers == 0
 
 
 async def test_items_that_are_no_messages_are_kept_apart(cometd_peer: CometdFactory) -> None:
