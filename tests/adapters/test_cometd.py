@@ -118,8 +118,8 @@ class Store:
         """How many turns of the event loop each `hear` takes."""
         self.breaks: Exception | None = None
         """Raised by the next `hear`."""
-        self.answers = 0
-        """How often a request had its answer."""
+        self.answers: list[tuple[datetime, bool]] = []
+        """When a request had its answer, and whether that brought messages."""
         self.saved: Saved | None = None
         """What the line said that its session can be resumed with."""
         self._places: set[tuple[str, int]] = set()
@@ -163,7 +163,7 @@ class Store:
 
     def answered(self, at: datetime, *, took: bool) -> None:
         """Part of `Hearing`."""
-        self.answers += 1
+        self.answers.append((at, took))
 
     def keep(self, saved: Saved | None) -> None:
         """Part of `Hearing`."""
@@ -948,7 +948,7 @@ async def test_an_exchange_that_failed_answers_nothing() -> None:
     async with serving(app) as url, listening(url, store):
         for _ in range(4):
             await asked.acquire()
-    assert store.answers == 0
+    assert store.answers == []
 
 
 async def test_items_that_are_no_messages_are_kept_apart(cometd_peer: CometdFactory) -> None:
