@@ -1229,8 +1229,8 @@ async def test_the_answers_about_coverage_agree_with_what_was_told(stage: Stage,
         for _ in range(30):
             await stage.clock.advance(1)
             await stage.seen_s()  # as long as the database takes for a heartbeat, or nearly
-    for each in (1, 2):
-        while (await stage.seen_s(each) or 0) < stage.clock.passed_s - SILENT_S_MAX:
+    for account in (1, 2):
+        while (await stage.seen_s(account) or 0) < stage.clock.passed_s - SILENT_S_MAX:
             await stage.clock.advance(HEARTBEAT_S / 10)
     await stage.settled()
     now_s = stage.clock.passed_s
