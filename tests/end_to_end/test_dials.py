@@ -1,7 +1,7 @@
 """Dials, from the request to the row: placed by all three systems and overheard, with endings and faults at
 random from a seed, against what the simulated systems know that happened.
 
-`DIALS` says how many (400; 2,000 is the whole exam, for a machine that does nothing else), `DIALS_SEED` from
+`DIALS` says how many (200; 2,000 is the whole exam, for a machine that does nothing else), `DIALS_SEED` from
 which seed. Each account and each extension has one call at a time, as people have.
 """
 
@@ -25,7 +25,7 @@ from listener.errors import ListenerError
 from tests.support.centres import TOKEN, Centres, centres
 from tests.support.running import Child, InProcess, child, short_place, until
 
-DIALS = int(os.environ.get("DIALS", "400"))
+DIALS = int(os.environ.get("DIALS", "200"))
 SEED = int(os.environ.get("DIALS_SEED", "4"))
 WITHIN_s = 240.0
 ROW_s = 1.0
