@@ -25,7 +25,6 @@ from listener.daemon import Daemon, log_to_stderr
 SESSIONS = 1000
 IDLE_S = 20.0
 OUTAGE_S = 8.0
-BACK_S_MAX = 60.0
 UP_S_MAX = 120.0
 
 

@@ -52,6 +52,7 @@ from listener.errors import (
     StoreUnavailable,
     TooMany,
 )
+from listener.operations import listen
 from listener.store.dialled import DialFound, DialHistory, DialPage, DialTimeline
 from listener.store.history import PAGE_MAX
 from listener.switchboard import Placed
@@ -274,17 +275,7 @@ class Api:
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S_MAX)
 
     async def __aenter__(self) -> Self:
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, self.host, self.port)
-        try:
-            await site.start()
-        except OSError as error:
-            await self._runner.cleanup()
-            raise SettingsError(
-                f"api.host {self.host}, api.port {self.port}: cannot listen there ({error.strerror}); "
-                "free it, or set another port"
-            ) from None
-        self.port = self._runner.addresses[0][1]
+        self.port = await listen(self._runner, "api", self.host, self.port)
         return self
 
     async def __aexit__(

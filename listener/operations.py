@@ -33,6 +33,25 @@ SHUTDOWN_S_MAX = 1.0
 """How long an open request may delay the end; a scrape that takes longer is cut off."""
 
 
+async def listen(runner: web.AppRunner, section: str, host: str, port: int) -> int:
+    """Serve there, and give the port; port 0 takes a free one.
+
+    Raises SettingsError, which names the settings of the section, where that cannot be; then nothing is left
+    to clean up.
+    """
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise SettingsError(
+            f"{section}.host {host}, {section}.port {port}: cannot listen there ({error.strerror}); "
+            "free it, or set another port"
+        ) from None
+    bound: int = runner.addresses[0][1]
+    return bound
+
+
 class Operations:
     """A small web server. Enter it as an asynchronous context manager to serve, leave it to stop.
 
@@ -65,17 +84,7 @@ class Operations:
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S_MAX)
 
     async def __aenter__(self) -> Self:
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, self.host, self.port)
-        try:
-            await site.start()
-        except OSError as error:
-            await self._runner.cleanup()
-            raise SettingsError(
-                f"operations.host {self.host}, operations.port {self.port}: cannot listen there "
-                f"({error.strerror}); free it, or set another port"
-            ) from None
-        self.port = self._runner.addresses[0][1]
+        self.port = await listen(self._runner, "operations", self.host, self.port)
         self._tick_due = asyncio.get_running_loop().time()
         self._turn()
         return self

@@ -680,6 +680,11 @@ async def test_no_goodbye_is_said_while_something_is_not_stored(
     async with centre() as simulator:
         settings = settings_for(simulator, fragile_database, limits={"stop_s": 1.0})
         async with InProcess(settings, goodbye=True).running() as listener:
+            sql = await asyncpg.connect(fragile_database)
+            try:
+                await until_kept(sql, 4)
+            finally:
+                await sql.close()
             before = sessions(simulator)
             async with fragile.away():
                 await simulator.play(notifications=100)

@@ -36,7 +36,6 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 HANDSHAKE = "/meta/handshake"
 CONNECT = "/meta/connect"
 SUBSCRIBE = "/meta/subscribe"
-UNSUBSCRIBE = "/meta/unsubscribe"
 DISCONNECT = "/meta/disconnect"
 
 LONG_POLLING = "long-polling"

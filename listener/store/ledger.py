@@ -92,31 +92,31 @@ _ADD = """
     INSERT INTO coverage (account_id, since, until, cause, seen_at) SELECT * FROM
     unnest($1::integer[], $2::timestamptz[], $3::timestamptz[], $4::text[], $5::timestamptz[])"""
 
-WITHDRAW = """
+_LAST_OBSERVED = """CROSS JOIN LATERAL (
+            SELECT until FROM coverage WHERE account_id = n.account_id AND cause = ''
+            ORDER BY since DESC, id DESC LIMIT 1
+        ) AS o"""
+"""For each account `n`, until when it was observed last; NULL is now."""
+
+WITHDRAW = f"""
     UPDATE coverage c SET since = w.at, until = w.at
     FROM (
         SELECT n.account_id, greatest(n.at, o.until) AS at
         FROM unnest($1::integer[], $2::timestamptz[]) AS n (account_id, at)
-        CROSS JOIN LATERAL (
-            SELECT until FROM coverage WHERE account_id = n.account_id AND cause = ''
-            ORDER BY since DESC, id DESC LIMIT 1
-        ) AS o
+        {_LAST_OBSERVED}
         WHERE o.until IS NOT NULL
     ) AS w
-    WHERE c.account_id = w.account_id AND c.since >= w.at AND c.cause <> ''"""
+    WHERE c.account_id = w.account_id AND c.since >= w.at AND c.cause <> ''"""  # noqa: S608 - text of this module
 """The sessions that observed these accounts until then go on: the gaps since then lasted no time. What was
 observed is not touched, nor are the gaps before it."""
 
-OBSERVED_UNTIL = """
+OBSERVED_UNTIL = f"""
     SELECT n.account_id, o.until
     FROM unnest($1::integer[]) AS n (account_id)
-    CROSS JOIN LATERAL (
-        SELECT until FROM coverage WHERE account_id = n.account_id AND cause = ''
-        ORDER BY since DESC, id DESC LIMIT 1
-    ) AS o
+    {_LAST_OBSERVED}
     WHERE o.until IS NOT NULL AND NOT EXISTS (
         SELECT FROM coverage g WHERE g.account_id = n.account_id AND g.since >= o.until
-        AND g.until IS DISTINCT FROM g.since AND g.cause NOT IN ('', 'stopped', 'not started'))"""
+        AND g.until IS DISTINCT FROM g.since AND g.cause NOT IN ('', 'stopped', 'not started'))"""  # noqa: S608 - text of this module
 """The accounts of which nothing but a stop or a crash, and no other gap, says that they are not observed; and
 until when they were."""
 

@@ -185,7 +185,7 @@ _WRITE_PARAMETERS = 1 + len(STREAM) + len(NAME) + len(JOINED) + len(LEFT)
 
 
 def _write(*, first: int, condition: str = "true") -> str:
-    """The WITH queries that write calls and what belongs to them, and the UPDATE that ends them.
+    """The WITH queries that write calls and what belongs to them, for the statements below.
 
     Its parameters, beginning with number `first`, are a list of `written`, and the columns STREAM, NAME,
     JOINED and LEFT of the streams that moved, the ids that were given, and the participants who joined and

@@ -22,7 +22,7 @@ SHOWN_MAX = 10
 """Differences named in one report."""
 GAPS_SHOWN_MAX = 6
 """Gaps named beside a message that lies in none: those nearest to it."""
-LONG_AGO = datetime.min.replace(tzinfo=UTC)
+LONG_AGO = datetime.fromtimestamp(0, UTC)
 
 CLOCK_GRAIN = timedelta(milliseconds=5)
 """A gap is told from one reading of the clock, a message is said at another."""
@@ -226,8 +226,7 @@ def _unexplained(
 def _holds(gap: Covered, message: Message) -> bool:
     """Whether a message was said during a gap."""
     said_at = datetime.fromtimestamp(message.said_at_s, UTC)
-    since = max(gap.since, LONG_AGO + CLOCK_GRAIN) - CLOCK_GRAIN
-    return since <= said_at and (gap.until is None or said_at <= gap.until + CLOCK_GRAIN)
+    return gap.since - CLOCK_GRAIN <= said_at and (gap.until is None or said_at <= gap.until + CLOCK_GRAIN)
 
 
 def _differences(script: CallTruth, found: Mapping[str, Mapping[str, Any]], snapshots: int) -> list[str]:
