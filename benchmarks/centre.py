@@ -5,6 +5,7 @@ child and told what to push over its control API. Run as a module, this file *is
 """
 
 import asyncio
+import itertools
 import json
 import sys
 from collections.abc import AsyncIterator
@@ -16,6 +17,10 @@ from listener.simulator.centre import Simulator, run_simulator
 from listener.simulator.settings import SimulatorSettings
 
 READY_S_MAX = 30.0
+
+_SEEDS = itertools.count(1)
+"""A seed for each centre of a run: two with the same one would send the same calls again, which an account
+whose calls end for good never does."""
 
 
 class Centre:
@@ -53,11 +58,19 @@ class Centre:
 @asynccontextmanager
 async def centre(accounts: int, *, rate: float = 50.0, port: int = 0) -> AsyncIterator[Centre]:
     """A centre of so many accounts, that ends with the block."""
+    settings = {
+        "accounts": accounts,
+        "rate": rate,
+        "port": port,
+        "dialect": "v2",
+        "remember": False,
+        "seed": next(_SEEDS),
+    }
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "benchmarks.centre",
-        json.dumps({"accounts": accounts, "rate": rate, "port": port, "dialect": "v2", "remember": False}),
+        json.dumps(settings),
         stdout=asyncio.subprocess.PIPE,
     )
     try:

@@ -107,6 +107,16 @@ def test_both_drivers_understand_its_dsn(make: Make) -> None:
         asyncio.run(migrate.check(server.dsn))
 
 
+def test_a_new_cluster_has_segments_ahead(place: Path) -> None:
+    """The first commits after 16 MB of WAL do not wait for the next segment to be made."""
+    server = Embedded(place)
+    with server:
+        ahead = "SELECT count(*) FROM pg_ls_waldir() WHERE name > pg_walfile_name(pg_current_wal_lsn())"
+        assert asked(server.dsn, ahead) == module.SEGMENTS_AHEAD
+        assert asked(server.dsn, "SELECT sum(size)::integer FROM pg_ls_waldir()") <= 256 * 2**20
+    server.destroy()
+
+
 def test_what_is_committed_is_on_disk_unless_told_otherwise(place: Path) -> None:
     """The defaults are for keeping; only tests switch them off."""
     server = Embedded(place)
