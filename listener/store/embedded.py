@@ -81,8 +81,8 @@ DEFAULTS: Mapping[str, str] = {
 """What differs from PostgreSQL's own defaults. fsync and synchronous_commit stay on."""
 
 SEGMENTS_AHEAD = 8
-"""WAL segments of 16 MB that a new cluster has in store. Until the first checkpoint leaves used ones, each that
-is made holds every commit back, for some 60 ms."""
+"""WAL segments of 16 MB that a new cluster has in store. Until the first checkpoint leaves used ones, each
+that is made holds every commit back, for some 60 ms."""
 
 OUR_NAMES = frozenset({"data", "data.new", "lock", "users", "password", "log", "log.1", "origin"})
 

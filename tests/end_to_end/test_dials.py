@@ -228,7 +228,7 @@ async def test_every_outcome_is_the_scripts_or_unknown(redis_url: str, database:
             right = run.expected[name]()
             seen[name] += 1
             if row["outcome"] not in right:
-                wrong.append((dict(row), right))
+                wrong.append((dict(row), right, await _facts(run, row["id"]), _calls_to(there, row["number"])))
         assert wrong == []
         assert {name for name in run.expected if seen[name] != 1} == set()
         told = await _told(daemon)
@@ -236,6 +236,18 @@ async def test_every_outcome_is_the_scripts_or_unknown(redis_url: str, database:
         first = [{**row, "outcome": "unknown"} if row["corrected"] else row for row in rows]
         assert told == Counter((row["system"], row["origin"], row["outcome"]) for row in first)
         assert {"answered", "busy", "failed", "unknown", "machine"} <= {row["outcome"] for row in rows}
+
+
+async def _facts(run: Run, id: str) -> list[str]:
+    """What a dial was told, for whoever must find out why its outcome is wrong."""
+    rows = await run.sql.fetch("SELECT * FROM dial_fact WHERE dial_id = $1 ORDER BY ordinal", id)
+    return [f"{row['at']} {row['kind']} {row['said']} -> {row['state']} {row['outcome']}" for row in rows]
+
+
+def _calls_to(there: Centres, number: str) -> list[str]:
+    """What the simulated PBXs say of the calls to a number."""
+    calls = [call for call in there.noojee.calls if call.number == number]
+    return [str(call) for call in (*calls, *(c for c in there.click2dial.calls if c.callee == number))]
 
 
 def _by_hand(number: str) -> str:

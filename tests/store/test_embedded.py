@@ -113,7 +113,7 @@ def test_a_new_cluster_has_segments_ahead(place: Path) -> None:
     with server:
         ahead = "SELECT count(*) FROM pg_ls_waldir() WHERE name > pg_walfile_name(pg_current_wal_lsn())"
         assert asked(server.dsn, ahead) == module.SEGMENTS_AHEAD
-        assert asked(server.dsn, "SELECT sum(size)::integer FROM pg_ls_waldir()") <= 256 * 2**20
+        assert asked(server.dsn, "SELECT sum(size) <= 256 * 2^20 FROM pg_ls_waldir()") is True
     server.destroy()
 
 
