@@ -47,7 +47,8 @@ from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
 
 ACCOUNTS = 100
-MESSAGES = 30_000
+MESSAGES = 60_000
+"""Enough for 30 batches of 2,000: the beginning, and the end where writers run out of work, weigh little."""
 A1_MESSAGES = 500
 WARM_UP = 50
 ROUNDS = 5

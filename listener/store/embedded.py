@@ -165,6 +165,16 @@ class Embedded:
                 raise
             self._users = users
 
+    def revive(self) -> bool:
+        """Have the server running again if it has died since `start`; whether it had. Raises as `start` does."""
+        if self._users is None:
+            raise StoreError("The bundled PostgreSQL has no user here: start it first.")
+        with self._alone():
+            if self._answers(self._port):
+                return False
+            self._ensure_running()
+            return True
+
     def stop(self) -> None:
         """Be no user any more; the last one stops the server and waits until it has written all."""
         if self._users is None:

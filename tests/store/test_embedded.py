@@ -181,6 +181,24 @@ def test_a_killed_server_is_started_again(make: Make) -> None:
         assert asked(second.dsn, "SELECT answer FROM kept") == 7
 
 
+def test_a_user_of_a_killed_server_revives_it(make: Make) -> None:
+    """Whoever uses it goes on at the same address, with what was committed; one that runs is left alone."""
+    server = make()
+    with pytest.raises(StoreError, match="start it first"):
+        server.revive()
+    with server:
+        asked(server.dsn, "CREATE TABLE kept AS SELECT 8 AS answer")
+        running = postmaster(server)
+        assert not server.revive()
+        assert postmaster(server) == running
+        os.kill(running, signal.SIGKILL)
+        while answers(server):
+            pass
+        assert server.revive()
+        assert asked(server.dsn, "SELECT answer FROM kept") == 8
+    assert not answers(server)
+
+
 def test_a_pid_that_belongs_to_another_program_is_not_believed(make: Make) -> None:
     """After a container's restart the old number may be anybody's: here, our own."""
     server = make()
