@@ -166,7 +166,7 @@ class Embedded:
             self._users = users
 
     def revive(self) -> bool:
-        """Have the server running again if it has died since `start`; whether it had. Raises as `start` does."""
+        """Have the server running again if it has died since `start`, and say whether it had. Raises as that."""
         if self._users is None:
             raise StoreError("The bundled PostgreSQL has no user here: start it first.")
         with self._alone():
