@@ -166,7 +166,7 @@ class Embedded:
             self._users = users
 
     def revive(self) -> bool:
-        """Have the server running again if it has died since `start`, and say whether it had. Raises as that."""
+        """Have the server running again if it has died; whether it had. Raises as `start` does."""
         if self._users is None:
             raise StoreError("The bundled PostgreSQL has no user here: start it first.")
         with self._alone():
