@@ -26,7 +26,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from listener.errors import SettingsError
-from listener.simulator.party import Party, json_answer
+from listener.simulator.party import ANSWER_LOST, Party, json_answer
 
 API: Final = "/servicemanager/rest/CallManagementAPI/"
 EVENTS_MAX: Final = 100_000
@@ -141,7 +141,7 @@ class NoojeeCall:
     happened: str
     """The outcome that it had."""
     known: str
-    """The outcome that its events prove; empty for a call to the extension."""
+    """The outcome that its events prove, of a refused one the answer; empty for a call to the extension."""
     unique_call_id: str
     call_number: int
     """`CallID` of its events."""
@@ -320,16 +320,17 @@ class NoojeeServer(Party):
 
     # The six operations. --------------------------------------------------------------------------
 
-    def _checked(self, operation: Callable[[Mapping[str, str]], Any]) -> Callable[[web.Request], Any]:
+    def _checked(self, operation: Callable[[web.Request], Any]) -> Callable[[web.Request], Any]:
         async def handle(request: web.Request) -> web.Response:
             if request.query.get("apiKey") != self.api_key:
                 return _error("Invalid apiKey")
-            answer: web.Response = await operation(request.query)
+            answer: web.Response = await operation(request)
             return answer
 
         return handle
 
-    async def _dial(self, query: Mapping[str, str]) -> web.Response:
+    async def _dial(self, request: web.Request) -> web.Response:
+        query = request.query
         number, device = query.get("number", ""), query.get("extenOrUniqueId", "")
         technology, _, extension = device.rpartition("/")
         if not number or not technology or not extension:
@@ -345,11 +346,14 @@ class NoojeeServer(Party):
         call.record, call.tag = query.get("record") == "true", query.get("tag", "")
         if script == REFUSED:
             call.session, call.ended = None, True
+            if request[ANSWER_LOST]:
+                call.known = "unknown"  # only its answer says so
             return _error("Extension is not logged in")
         self.spawn(self._play(call))
         return json_answer({"SessionID": call.session, "Message": "Originate successfully queued", "Code": 0})
 
-    async def _hangup(self, query: Mapping[str, str]) -> web.Response:
+    async def _hangup(self, request: web.Request) -> web.Response:
+        query = request.query
         call = self._find(query.get("extenOrUniqueId", ""))
         if call is None:
             return _error("No such channel")
@@ -360,18 +364,19 @@ class NoojeeServer(Party):
         await self._say(call, "Hungup")
         return json_answer({"Message": "Channel Hungup", "Code": 0})
 
-    async def _answer(self, query: Mapping[str, str]) -> web.Response:
+    async def _answer(self, request: web.Request) -> web.Response:
+        query = request.query
         call = self._find(query.get("uniqueId", ""))
         if call is None or call.status != "Ringing" or call.extension != _bare(query.get("exten", "")):
             return _error("No such call to answer")
         await self._say(call, INBOUND + "Connected" if call.inbound else "Connected")
         return json_answer({"Message": "Answered", "Code": 0})
 
-    async def _start(self, query: Mapping[str, str]) -> web.Response:
-        return self._recording("start", query)
+    async def _start(self, request: web.Request) -> web.Response:
+        return self._recording("start", request.query)
 
-    async def _stop(self, query: Mapping[str, str]) -> web.Response:
-        return self._recording("stop", query)
+    async def _stop(self, request: web.Request) -> web.Response:
+        return self._recording("stop", request.query)
 
     def _recording(self, operation: str, query: Mapping[str, str]) -> web.Response:
         call = self._find(query.get("extenOrUniqueId", ""))
@@ -389,7 +394,8 @@ class NoojeeServer(Party):
         by_id = (call for call in live if call.unique_call_id == name)
         return next(by_id, next((call for call in live if call.extension == _bare(name)), None))
 
-    async def _subscribe(self, query: Mapping[str, str]) -> web.Response:
+    async def _subscribe(self, request: web.Request) -> web.Response:
+        query = request.query
         try:
             extensions = {each for each in query["exten"].split(",") if each}
             after = int(query["lastSequenceNumber"])

@@ -53,6 +53,13 @@ NOT_CARRIED_OUT: Final = frozenset(
     {ExchangeFault.REFUSE, ExchangeFault.STATUS, ExchangeFault.REDIRECT, ExchangeFault.UNHEARD}
 )
 
+LOST: Final = frozenset({ExchangeFault.CUT_BEFORE, ExchangeFault.CUT_DURING, ExchangeFault.NONSENSE})
+"""Carried out, and the client never learns what was answered."""
+
+ANSWER_LOST: Final = web.RequestKey("answer_lost", bool)
+"""Whether the answer to a request will not be understood: a party whose answer is the only evidence of
+something asks, to tell its truth."""
+
 
 @dataclass(slots=True)
 class ArmedExchange:
@@ -193,6 +200,7 @@ class Party:
         async def answered(request: web.Request) -> web.StreamResponse:
             self.exchanges[exchange] += 1
             fault = self.faults.take(exchange)
+            request[ANSWER_LOST] = fault is not None and fault.kind in LOST
             if fault is None:
                 return await handler(request)
             if fault.kind in NOT_CARRIED_OUT:

@@ -1,6 +1,7 @@
 """The simulated Noojee, as a plain client meets it: its six operations, its events and their traps."""
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -119,6 +120,17 @@ async def test_errors_are_a_negative_code(operation: str, query: dict[str, Any])
         given = {"number": NUMBER, "extenOrUniqueId": "SIP/204"} if operation == "dial" else {}
         assert (await ask(server, operation, **(given | query)))["Code"] == -1
         assert not [call for call in server.calls if call.script != REFUSED]
+
+
+@pytest.mark.parametrize(("fault", "known"), [("cut_before", "unknown"), ("cut_after", "failed")])
+async def test_a_refusal_that_nobody_hears_is_not_known(fault: str, known: str) -> None:
+    """It has no events: its answer is all that says so, and without that nothing proves a failure."""
+    async with NoojeeServer(scripts={NUMBER: REFUSED}) as server:
+        server.faults.arm(fault, on="dial")
+        with suppress(aiohttp.ClientError):
+            await dial(server)
+        (call,) = server.calls
+        assert (call.happened, call.known) == ("failed", known)
 
 
 async def test_only_post_is_accepted() -> None:
