@@ -337,8 +337,10 @@ class Click2DialLists:
         """Returns when these are stored and have left our list."""
         stored = [asyncio.Event() for _ in taken]
         kind = own.rpartition(":")[2]
-        for raw, event in zip(taken, stored, strict=True):
-            await self._hearing.hear(_message(raw, kind, self._wall()), event.set)
+        # All at once: each waits for a commit, and a hundred commits in a row would be behind the dials.
+        async with asyncio.TaskGroup() as tasks:
+            for raw, event in zip(taken, stored, strict=True):
+                tasks.create_task(self._hearing.hear(_message(raw, kind, self._wall()), event.set))
         for event in stored:
             await event.wait()
         async with self._in_time(), redis.pipeline(transaction=False) as pipe:

@@ -436,7 +436,10 @@ class NoojeeEvents:
         )
 
     async def _handed(self, heard: list[NoojeeHeard], place: NoojeePlace) -> None:
-        """Hands a reply on; its place is kept once it and all before it are stored."""
+        """Hands a reply on; its place is kept once it and all before it are stored.
+
+        All extensions at once: each of them waits for a commit, and one after the other a hundred of them
+        would make the next poll wait for a hundred commits, while deadlines pass."""
         by_extension: dict[str, list[NoojeeHeard]] = {}
         for each in heard:
             by_extension.setdefault(each.extension, []).append(each)
@@ -448,8 +451,9 @@ class NoojeeEvents:
             storing.open -= 1
             self._keep()
 
-        for events in by_extension.values():
-            await self._hearing.hear(events, committed)
+        async with asyncio.TaskGroup() as tasks:
+            for events in by_extension.values():
+                tasks.create_task(self._hearing.hear(events, committed))
 
     def _keep(self) -> None:
         stored: NoojeePlace | None = None

@@ -364,6 +364,25 @@ class Wired(Ears):
         await self.pipeline.hear([message.heard(1)], committed)
 
 
+async def test_records_are_handed_on_beside_each_other(redis: Redis, redis_url: str) -> None:
+    """Each of them waits for the store; one after the other, a hundred of them would wait a hundred times."""
+    reached = asyncio.Barrier(3)
+
+    class Waiting(Ears):
+        """Takes nothing of one record before the others are there."""
+
+        async def hear(self, message: Click2DialHeard, committed: Callable[[], None]) -> None:
+            """One message."""
+            await reached.wait()
+            await super().hear(message, committed)
+
+    ears = Waiting()
+    for number in range(3):
+        await redis.lpush(LISTS[0], b'{"type":"cdr","payload":{"call_ref":"%d"}}' % number)
+    async with reading(redis_url, ears):
+        await until(lambda: len(ears.heard) == 3)
+
+
 @pytest.mark.parametrize("version", [2, 3])
 async def test_calls_stand_in_the_table_as_they_were_recorded(
     redis: Redis, redis_url: str, journal: Journal, sql: asyncpg.Connection, version: int

@@ -454,6 +454,26 @@ async def test_what_is_asked() -> None:
     assert {each["apiKey"] for each in server.asked} == {KEY}
 
 
+async def test_extensions_are_handed_on_beside_each_other() -> None:
+    """Each of them waits for the store; one after the other, a hundred of them would wait a hundred times."""
+    reached = asyncio.Barrier(2)
+
+    class Waiting(Ears):
+        """Takes nothing of one extension before the other is there."""
+
+        async def hear(self, events: Sequence[NoojeeHeard], committed: Callable[[], None]) -> None:
+            """Events of one extension."""
+            await reached.wait()
+            await super().hear(events, committed)
+
+    ears = Waiting()
+    event = b'[{"CallData":{"uniqueCallId":"1.1","status":"Ringing"},"CallID":1}]'
+    raw = b'{"Data":{"204":' + event + b',"205":' + event + b'},"seq":2,"Code":0}'
+    await all_asked(ears, raw)
+    assert sorted(each.extension for each in ears.events) == ["204", "205"]
+    assert ears.kept[-1].seq == 2
+
+
 async def test_an_event_that_makes_no_sense_is_handed_on() -> None:
     """With its exact bytes, in its place, and the others with it."""
     ears = Ears()
