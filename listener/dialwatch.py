@@ -43,7 +43,6 @@ from listener.core.dialling import (
     Deadlines,
     Dial,
     Elapsed,
-    Evidence,
     Fact,
     Match,
     MatchConfidence,
@@ -52,6 +51,8 @@ from listener.core.dialling import (
     Reported,
     Sighting,
     System,
+    agrees,
+    blamed,
     match,
     normalised,
     overheard,
@@ -495,7 +496,8 @@ class DialWatch:
         fact = CallHeard(call)
         mine = self._dials.of_call(call.id)
         named = None if system is System.GWS else self._dials.of_key(system, call.call_id)
-        if named is not None and not self._dials.agrees(named, sighting(call, system)):
+        seen = sighting(call, system)
+        if named is not None and not self._agrees(named, seen):
             named = None
         if mine is None and named is not None:
             # Its PBX said more of it than its call shows, and may have ended the dial with that already.
@@ -507,10 +509,7 @@ class DialWatch:
             return [News(mine.id, item.at, fact, item.notification)]
         if mine is None and self._dials.ended(call.id):
             return []
-        seen = sighting(call, system)
         found = match(self._dials.candidates(seen), seen)
-        if found.dial is not None and not _recognised(found):
-            found = Match(None, (), MatchConfidence.NONE)
         if mine is not None:
             # Only a reference, which came late, says that it is not just overheard.
             if found.dial is None or found.confidence is not MatchConfidence.CERTAIN:
@@ -530,28 +529,25 @@ class DialWatch:
         return []
 
     def _trouble(self, item: Trouble) -> list[News]:
-        """An error that names neither a call nor a request: about the only dial that waits to begin."""
-        waiting = [dial for dial in self._dials.unclaimed(item.account) if dial.system is item.cause.system]
-        waiting = [dial for dial in waiting if dial.requested_at <= item.at]
-        if len(waiting) != 1:
-            if waiting:
-                self._observer.dial_ambiguous()
-            return []
-        return [News(waiting[0].id, item.at, Reported(item.cause), item.notification)]
+        dial = blamed(self._dials.of_account(item.account), item.cause, item.at)
+        if dial is not None:
+            return [News(dial.id, item.at, Reported(item.cause), item.notification)]
+        if self._dials.unclaimed(item.account):
+            self._observer.dial_ambiguous()
+        return []
 
     def _of_adapter(self, item: _Direct) -> list[News]:
         if item.seen is None:
             return [News(item.dial or "", item.at, item.fact)]
         known = self._dials.of_key(item.seen.system, item.key)
-        if known is not None and self._dials.agrees(known, item.seen):
+        if known is not None and self._agrees(known, item.seen):
             return [News(known, item.at, item.fact)]
-        # The agent's own leg, which shows no number, came from another call at the same extension.
         self._dials.unname(item.seen.system, item.key)
         found = match(self._dials.candidates(item.seen, reported=True), item.seen)
-        if found.dial is not None and _recognised(found):
+        if found.dial is not None:
             self._dials.name(found.dial, item.seen.system, item.key)
             return [News(found.dial.id, item.at, item.fact, found=found)]
-        if found.candidates and _recognised(found):
+        if found.candidates:
             self._observer.dial_ambiguous()
             return [News(dial.id, item.at, found=found) for dial in found.candidates]
         if not item.beside:
@@ -559,11 +555,10 @@ class DialWatch:
             self._log.warning("a report of a call fits no dial", system=str(item.seen.system))
         return []
 
-
-def _recognised(found: Match) -> bool:
-    """Whether more than the device and the time speak for it: somebody else may call there just then, and
-    what became of that call would become the dial's outcome."""
-    return not {Evidence.NUMBER, Evidence.REFERENCE}.isdisjoint(found.evidence)
+    def _agrees(self, id: str, seen: Sighting) -> bool:
+        """Whether the call that was named may be that dial's; of one that is forgotten the store knows."""
+        dial = self._dials.known(id)
+        return dial is None or agrees(dial, seen)
 
 
 def _since(before: Dial, after: Dial) -> Advance:
@@ -597,6 +592,7 @@ class _Waiting:
         self._dials: dict[str, Dial] = {}
         self._late: OrderedDict[str, Dial] = OrderedDict()
         self._by_call: dict[int, str] = {}
+        self._by_account: dict[int, dict[str, None]] = {}
         self._unclaimed: dict[int, dict[str, Dial]] = {}
         self._by_hint: dict[tuple[System, str], dict[str, None]] = {}
         self._keys: OrderedDict[tuple[System, str], str] = OrderedDict()
@@ -630,6 +626,7 @@ class _Waiting:
             self._end(dial)
             return
         self._dials[dial.id] = dial
+        self._by_account.setdefault(dial.account, {})[dial.id] = None
         self._counts[dial.system] += 0 if before is dial else 1
         if dial.call is not None:
             self._by_call[dial.call] = dial.id
@@ -649,24 +646,32 @@ class _Waiting:
         """Everything under which a waiting dial is found."""
         if self._dials.pop(dial.id, None) is not None:
             self._counts[dial.system] -= 1
+        self._leave(dial)
         if dial.call is not None:
             self._by_call.pop(dial.call, None)
         self._unclaim(dial)
 
+    def _leave(self, dial: Dial) -> None:
+        ids = self._by_account.get(dial.account, {})
+        ids.pop(dial.id, None)
+        if not ids:
+            self._by_account.pop(dial.account, None)
+
     def _unclaim(self, dial: Dial) -> None:
-        if self._unclaimed.get(dial.account, {}).pop(dial.id, None) is not None:
-            if not self._unclaimed[dial.account]:
-                del self._unclaimed[dial.account]
-            for hint in _hints(dial):
-                names = self._by_hint.get(hint, {})
-                names.pop(dial.id, None)
-                if not names:
-                    self._by_hint.pop(hint, None)
+        waiting = self._unclaimed.get(dial.account, {})
+        if waiting.pop(dial.id, None) is not None and not waiting:
+            del self._unclaimed[dial.account]
+        for hint in _hints(dial):
+            names = self._by_hint.get(hint, {})
+            names.pop(dial.id, None)
+            if not names:
+                self._by_hint.pop(hint, None)
 
     def _end(self, dial: Dial) -> None:
         self._late.pop(dial.id, None)
         if dial.outcome is Outcome.UNKNOWN and not dial.corrected:
             self._late[dial.id] = dial
+            self._by_account.setdefault(dial.account, {})[dial.id] = None
             if dial.call is not None:
                 self._by_call[dial.call] = dial.id
             else:
@@ -679,11 +684,8 @@ class _Waiting:
 
     def _forget_late(self, dial: Dial) -> None:
         self._named.discard(dial.id)
-        for hint in _hints(dial):
-            names = self._by_hint.get(hint, {})
-            names.pop(dial.id, None)
-            if not names:
-                self._by_hint.pop(hint, None)
+        self._leave(dial)
+        self._unclaim(dial)
         if dial.call is not None:
             self._by_call.pop(dial.call, None)
             _remember(self._ended, dial.call, ENDED_MAX)
@@ -728,6 +730,11 @@ class _Waiting:
         """The calls of all dials here, in the order of their ids."""
         return sorted(self._by_call)
 
+    def of_account(self, account: int) -> list[Dial]:
+        """The dials of an account that wait for something."""
+        found = [self.known(id) for id in self._by_account.get(account, ())]
+        return [dial for dial in found if dial is not None]
+
     def unclaimed(self, account: int) -> list[Dial]:
         """The placed dials of an account that wait for their call."""
         return list(self._unclaimed.get(account, {}).values())
@@ -739,17 +746,13 @@ class _Waiting:
         ]
 
     def candidates(self, seen: Sighting, *, reported: bool = False) -> list[Dial]:
-        """The dials that a call may be. For a report of one also those whose outcome it may correct, and not
+        """The dials that a call may be, also those whose outcome it may correct; for a report of one not
         those that another call was reported for."""
-        numbers = [each for each in (seen.number, *seen.also) if each]
-        if not numbers and seen.account is not None and not reported:
-            return self.unclaimed(seen.account)
-        hints = [_ending(number) for number in numbers] or [""]
-        hints += ["", f"={seen.reference}"] if seen.reference else [""]
+        numbers = (seen.number, *seen.also)
+        hints = [_ending(number) for number in numbers if number]
+        hints += [f"={seen.reference}"] if seen.reference else []
         ids = {id: None for hint in hints for id in self._by_hint.get((seen.system, hint), ())}
-        if not numbers:
-            ids |= {dial.id: None for dial in self.expecting(seen.system)}
-        found = [self._dials.get(id) or (self._late.get(id) if reported else None) for id in ids]
+        found = [self.known(id) for id in ids]
         return [dial for dial in found if dial is not None and not (reported and dial.id in self._named)]
 
     def of_key(self, system: System, key: str) -> str | None:
@@ -763,14 +766,6 @@ class _Waiting:
             self._keys[system, key] = dial.id
             if len(self._keys) > KEYS_MAX:
                 self._keys.popitem(last=False)
-
-    def agrees(self, id: str, seen: Sighting) -> bool:
-        """Whether a report names no other number than the dial's, as far as both are known."""
-        dial = self.known(id)
-        numbers = [each for each in (seen.number, *seen.also) if each]
-        if dial is None or not dial.number or not numbers:
-            return True
-        return any(_ending(dial.number) == _ending(number) for number in numbers)
 
     def unname(self, system: System, key: str) -> None:
         """What its system calls a call names no dial any more."""

@@ -371,6 +371,25 @@ async def test_a_reference_that_comes_late_merges_the_overheard_dial(
         assert again.counts.ended == []
 
 
+async def test_a_call_that_is_heard_after_its_dial_expired_is_no_other_dial(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """Its reference, or number and device in time, say whose it is: its end corrects that one, once."""
+    line = Line(began=T0 + timedelta(seconds=DEADLINES.requested_s - 10))
+    async with site(journal) as here:
+        await here.watch.place(asked(reference="r1"))
+        await here.pass_by(DEADLINES.requested_s)
+        assert [row["outcome"] for row in await rows(sql)] == ["unknown"]
+        await here.hear(*out(line, "Dialing", userData={REFERENCE_KEY: "r1"}))
+        await here.hear(*out(line, "Established", "Released", userData={REFERENCE_KEY: "r1"}))
+        (row,) = await rows(sql)
+        assert (row["id"], row["outcome"], row["corrected"], row["match_confidence"]) == (
+            "d1", "answered", True, "certain",
+        )  # fmt: skip
+        await here.hear(*out(line, "Dialing", id="c2"))
+        assert [row["origin"] for row in await rows(sql)] == ["overheard", "placed"]
+
+
 async def test_two_that_may_be_meant_are_ambiguous(journal: Journal, sql: asyncpg.Connection) -> None:
     """None is chosen, both say so, the call is not overheard either; a reference resolves it."""
     line = Line()
@@ -421,6 +440,28 @@ async def test_an_error_message_is_about_the_only_dial_that_waits(
             "ErrorMessage",
             "inferred",
         )
+
+
+async def test_an_error_of_a_call_that_is_heard_late_is_not_the_next_dials(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """The first expired before its call was heard, and the second waits: the error may be of either."""
+    line = Line(began=T0 + timedelta(seconds=50))
+    async with site(journal) as here:
+        await here.watch.place(asked("d1", reference="r1"))
+        await here.pass_by(DEADLINES.requested_s)
+        await here.watch.place(asked("d2", at=T0 + timedelta(seconds=50), reference="r2"))
+        await here.hear(
+            *out(line, "Dialing", userData={REFERENCE_KEY: "r1"}),
+            line.hear(b'{"data":{"messageType":"ErrorMessage"}}', channel="/v2/me/devices"),
+            *out(line, "Released", userData={REFERENCE_KEY: "r1"}),
+            *out(line, "Dialing", "Established", "Released", id="c2", userData={REFERENCE_KEY: "r2"}),
+        )
+        assert here.counts.ambiguous == 1
+        assert [(row["id"], row["outcome"]) for row in await rows(sql)] == [
+            ("d1", "unknown"),
+            ("d2", "answered"),
+        ]
 
 
 async def test_what_a_refusal_says_is_kept_whatever_it_is(journal: Journal, sql: asyncpg.Connection) -> None:

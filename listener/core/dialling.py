@@ -367,7 +367,7 @@ class MatchConfidence(StrEnum):
     STRONG = "strong"
     """By number and device, in time."""
     WEAK = "weak"
-    """By number or device alone, in time."""
+    """By number alone, in time."""
     AMBIGUOUS = "ambiguous"
     """Several dials with equal evidence: none is chosen."""
     NONE = "none"
@@ -921,7 +921,8 @@ def _noojee(dial: Dial, fact: NoojeeStatus, at: datetime, deadlines: Deadlines) 
             return _reach(dial, DialState.DIALING_AGENT, at, deadlines), False
         case "Connected":
             state = DialState.DIALING_AGENT if fact.inbound else DialState.CONNECTED
-            return _reach(dial, state, at, deadlines), False
+            # After the deadline this is as good as the end, which may never come: Noojee says no more of it.
+            return _reach(dial, state, at, deadlines), dial.expired and not fact.inbound
         case "Unlinked":
             return dial, False
         case "Busy" | "No Answer":
@@ -1142,10 +1143,11 @@ def match(dials: Iterable[Dial], seen: Sighting) -> Match:
 
     Give it the placed dials that wait for their call (a record: also those whose `unknown` it may correct).
     What contradicts excludes: another system, account, number or device, a time outside the window. A
-    reference is stronger than a number, a number than a device; within equal evidence nothing is chosen,
-    not even by time: an ambiguous call is one of the candidates', and so none that was only overheard. A
-    reference overrules a number or device that is spelt otherwise, because a PBX rewrites those; the time
-    alone is evidence of nothing.
+    reference is stronger than a number, and a number with the device than without; within equal evidence
+    nothing is chosen, not even by time: an ambiguous call is one of the candidates', and so none that was
+    only overheard. A reference overrules a number or device that is spelt otherwise, because a PBX rewrites
+    those. The device and the time recognise nothing: somebody else may call there just then, and what became
+    of that call would become the dial's outcome.
     """
     ranked: dict[tuple[bool, bool, bool], list[Dial]] = {}
     for dial in dials:
@@ -1172,8 +1174,45 @@ def match(dials: Iterable[Dial], seen: Sighting) -> Match:
     return Match(candidates[0], evidence, confidence, candidates)
 
 
+def agrees(dial: Dial, seen: Sighting) -> bool:
+    """Whether what is seen of a call that was found to be the dial's may still be its: it names no other
+    number. The agent's own leg, which shows none, may have come from another call at the same extension."""
+    return _number_agrees(dial, seen) is not False
+
+
+def blamed(dials: Iterable[Dial], cause: Cause, at: datetime) -> Dial | None:
+    """The dial that an error is about which names neither a call nor a request: the only one that it can be
+    about, if that waits for its call; else None.
+
+    Give it every dial of the account that goes on, or was ended by its deadline: an error that comes late is
+    not the next dial's because the one before it was given up, or because its call is under way.
+    """
+    possible = [dial for dial in dials if _may_be_about(dial, cause, at)]
+    if len(possible) != 1 or possible[0].outcome is not None or possible[0].call is not None:
+        return None
+    return possible[0]
+
+
+def _may_be_about(dial: Dial, cause: Cause, at: datetime) -> bool:
+    if dial.system is not cause.system or dial.requested_at > at:
+        return False
+    if dial.outcome is None:
+        return True
+    begins = at - dial.requested_at < timedelta(seconds=CALL_WINDOW_S)
+    return dial.expired and (dial.call is not None or begins)
+
+
+def _number_agrees(dial: Dial, seen: Sighting) -> bool | None:
+    """None where either names no number."""
+    numbers = [each for each in (seen.number, *seen.also) if each]
+    if not dial.number or not numbers:
+        return None
+    country = SOUTH_AFRICA if dial.system is System.CLICK2DIAL else None
+    return any(same_number(dial.number, each, country) for each in numbers)
+
+
 def _evidence(dial: Dial, seen: Sighting) -> tuple[Evidence, ...]:
-    """What speaks for a dial; empty if anything speaks against it, or only the time for it."""
+    """What speaks for a dial; empty if anything speaks against it, or no number and no reference for it."""
     if dial.system is not seen.system or (seen.account is not None and dial.account != seen.account):
         return ()
     since_s = (seen.at - dial.requested_at).total_seconds()
@@ -1181,15 +1220,11 @@ def _evidence(dial: Dial, seen: Sighting) -> tuple[Evidence, ...]:
     referred = bool(dial.reference) and dial.reference == seen.reference
     if since_s < -SKEW_S or not (in_time or referred):
         return ()
-    country = SOUTH_AFRICA if dial.system is System.CLICK2DIAL else None
-    numbers = [each for each in (seen.number, *seen.also) if each]
-    number = device = None
-    if dial.number and numbers:
-        number = any(same_number(dial.number, each, country) for each in numbers)
+    number, device = _number_agrees(dial, seen), None
     if dial.device and seen.device:
         device = extension(dial.device) == extension(seen.device)
-    contradicted = number is False or device is False or (dial.reference and seen.reference)
-    if not referred and contradicted:
+    contradicted = device is False or (dial.reference and seen.reference)
+    if not referred and (not number or contradicted):
         return ()
     found = {
         Evidence.REFERENCE: referred,
@@ -1197,4 +1232,4 @@ def _evidence(dial: Dial, seen: Sighting) -> tuple[Evidence, ...]:
         Evidence.DEVICE: device is True,
     }
     speaks = tuple(evidence for evidence, holds in found.items() if holds)
-    return (*speaks, Evidence.TIME) if speaks and in_time else speaks
+    return (*speaks, Evidence.TIME) if in_time else speaks

@@ -15,6 +15,7 @@ from listener.core import dialling
 from listener.core.calls import Call, Direction, Heard, Source, State
 from listener.core.decode import decode
 from listener.core.dialling import (
+    CALL_WINDOW_S,
     DEADLINES,
     FIELDS,
     REFERENCE_KEY,
@@ -44,6 +45,8 @@ from listener.core.dialling import (
     Sighting,
     System,
     advance,
+    agrees,
+    blamed,
     extension,
     linked,
     match,
@@ -620,7 +623,8 @@ def expired(system: System = System.GWS, *facts: Fact) -> Dial:
         (System.GWS, [DIALS_OUT, ANSWERS, ENDS_ANSWERED], O.ANSWERED),
         (System.GWS, [Reported(gws("ErrorCode", 415))], O.INVALID_NUMBER),
         (System.GWS, [Refused(gws("http", 503))], O.FAILED),
-        (System.NOOJEE, [NoojeeStatus("Connected"), NoojeeStatus("Hungup")], O.ANSWERED),
+        (System.NOOJEE, [NoojeeStatus("Dialing Out"), NoojeeStatus("Connected")], O.ANSWERED),
+        (System.NOOJEE, [NoojeeStatus("Connected", inbound=True), NoojeeStatus("Busy")], O.BUSY),
     ],
 )
 def test_a_late_end_corrects_unknown_once(system: System, facts: list[Fact], outcome: Outcome) -> None:
@@ -967,6 +971,30 @@ def test_extensions(device: str, digits: str) -> None:
     assert extension(device) == digits
 
 
+# ── Errors that name nothing ──────────────────────────────────────────────────────────────────────────
+
+
+def test_an_error_is_about_the_only_dial_that_it_can_be_about() -> None:
+    """It names neither call nor request. What began already may have failed as well, also when its deadline
+    is over; another account's, another system's and what was asked for later cannot be meant."""
+    error, waits = gws("ErrorMessage", ""), waiting("a")
+    apart = [
+        waiting("noojee", system=System.NOOJEE),
+        waiting("later", second=5),
+        structs.replace(expired(), id="old", requested_at=at(3 - CALL_WINDOW_S)),
+        ended(waiting("over"), DIALS_OUT, ENDS),
+    ]
+    assert blamed([waits, *apart], error, at(4)) == waits
+    talking, _ = through(waiting("b"), DIALS_OUT, ANSWERS)
+    late, _ = through(structs.replace(expired(), id="c"), DIALS_OUT)
+    for other in (talking, late, waiting("d"), structs.replace(expired(), id="e")):
+        assert blamed([waits, other], error, at(4)) is None
+        assert blamed([other], error, at(4)) == (
+            other if (other.outcome, other.call) == (None, None) else None
+        )
+    assert blamed([], error, at(4)) is None
+
+
 # ── Matching ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1004,7 +1032,6 @@ def seen(**fields: Any) -> Sighting:
             MatchConfidence.STRONG,
         ),
         (waiting("a"), seen(device=None), (Evidence.NUMBER, Evidence.TIME), MatchConfidence.WEAK),
-        (waiting("a"), seen(number=None), (Evidence.DEVICE, Evidence.TIME), MatchConfidence.WEAK),
     ],
 )
 def test_a_match_says_what_speaks_for_it(
@@ -1027,13 +1054,33 @@ def test_a_match_says_what_speaks_for_it(
         seen(at=at(-3)),
         seen(reference="another's"),
         seen(number=None, device=None),
+        seen(number=None),
     ],
 )
 def test_what_contradicts_excludes(sight: Sighting) -> None:
-    """Another number, device, system, account, time or reference; the time alone is no evidence."""
+    """Another number, device, system, account, time or reference; the time alone is no evidence, nor is the
+    device in time: somebody else may call there just then."""
     found = match([waiting("a", reference="r1")], sight)
     assert (found.dial, found.evidence, found.confidence) == (None, (), MatchConfidence.NONE)
     assert found.candidates == ()
+
+
+@pytest.mark.parametrize(
+    ("sight", "agree"),
+    [
+        (seen(), True),
+        (seen(number=None), True),
+        (seen(number="15002", also=("27820001234",)), True),
+        (seen(number="0119998877"), False),
+        (seen(device="999"), True),
+    ],
+)
+def test_a_later_report_of_a_known_call_agrees_unless_it_names_another_number(
+    sight: Sighting, agree: bool
+) -> None:
+    """A leg that showed no number may turn out to lead elsewhere; one that shows none says nothing."""
+    assert agrees(waiting("a"), sight) is agree
+    assert agrees(waiting("a", number=""), sight)
 
 
 def test_equal_candidates_are_ambiguous() -> None:
@@ -1096,5 +1143,6 @@ def test_a_match_is_never_a_guess(numbers: list[str], number: str | None, device
     dials_waiting = [waiting(str(place), each, second=place) for place, each in enumerate(numbers)]
     found = match(dials_waiting, seen(number=number, device=device, at=at(6)))
     assert found == match(dials_waiting[::-1], seen(number=number, device=device, at=at(6)))
+    assert found.dial is None or number is not None
     assert (found.dial is not None) == (len(found.candidates) == 1)
     assert (found.confidence is MatchConfidence.AMBIGUOUS) == (len(found.candidates) > 1)
