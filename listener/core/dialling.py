@@ -310,7 +310,7 @@ class CallRecord(Struct, frozen=True, gc=False, tag=True):
 
 
 class HangupRequested(Struct, frozen=True, gc=False, tag=True):
-    """We asked for the dial to be hung up."""
+    """We asked for the dial to be hung up, at the moment of the fact, and the PBX took it."""
 
 
 class Elapsed(Struct, frozen=True, gc=False, tag=True):
@@ -853,7 +853,9 @@ def _take(dial: Dial, fact: Fact, at: datetime, deadlines: Deadlines) -> tuple[D
             code = f"{fact.end_reason.strip()} {fact.end_code.strip()}".strip()
             return _noted(dial, Cause(System.CLICK2DIAL, "end_reason", code)), True
         case HangupRequested():
-            return (structs.replace(dial, hangup_at=at) if dial.hangup_at is None else dial), False
+            # The end may be heard before the PBX's answer to our hang-up, which is then why it ended.
+            explains = dial.ended_at is not None and not dial.expired and at <= dial.ended_at
+            return (structs.replace(dial, hangup_at=at) if dial.hangup_at is None else dial), explains
         case Elapsed():
             return dial, dial.deadline_at is not None and at >= dial.deadline_at
         case _:

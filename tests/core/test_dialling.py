@@ -657,6 +657,33 @@ def test_unknown_at_its_end_is_corrected_by_what_tells() -> None:
     assert (after.outcome, steps[0].corrected, steps[0].ended) == (O.CONGESTION, True, False)
 
 
+def test_our_hang_up_explains_an_end_that_was_heard_before_its_answer() -> None:
+    """The PBX says Hungup sooner than that it took our hang-up, which was asked for before that."""
+    over = ended(dial(System.NOOJEE), NoojeeStatus("Dialing Out"), NoojeeStatus("Hungup"))
+    assert over.outcome is O.UNKNOWN
+    assert over.ended_at is not None
+    told = advance(over, HangupRequested(), over.ended_at)
+    assert (told.corrected, told.ended) == (True, False)
+    after = told.dial
+    assert (after.outcome, after.ended_by, after.confidence) == (
+        O.CANCELLED,
+        EndedBy.AGENT,
+        Confidence.INFERRED,
+    )
+    assert (after.ended_at, after.hangup_at) == (over.ended_at, over.ended_at)
+
+
+def test_our_hang_up_explains_nothing_else() -> None:
+    """Neither an end before it, nor a deadline, nor what has a cause of its own."""
+    over = ended(dial(System.NOOJEE), NoojeeStatus("Dialing Out"), NoojeeStatus("Hungup"))
+    assert over.ended_at is not None
+    assert advance(over, HangupRequested(), over.ended_at + timedelta(seconds=0.001)).dial == over
+    unheard = expired(System.NOOJEE, NoojeeStatus("Dialing Out"))
+    assert advance(unheard, HangupRequested(), at(3)).dial.outcome is O.UNKNOWN
+    busy = ended(dial(System.NOOJEE), NoojeeStatus("Busy", inbound=True))
+    assert advance(busy, HangupRequested(), STARTED).dial == busy
+
+
 @pytest.mark.parametrize(
     ("outcome", "hint"),
     [
