@@ -231,12 +231,16 @@ def unanswered(system: System, answer: Answer | NoAnswer) -> NotAnswered:
 
 
 def refusal(system: System, answer: Answer) -> Refused | NotAnswered:
-    """What a status other than success says, where the body says nothing of its own.
+    """What a status other than success says, where the body says nothing of the party's own.
 
     A gateway's 502 and 504 refuse nothing: the party was asked, and only its answer did not come (RFC 9110,
-    15.6.3 and 15.6.5).
+    15.6.3 and 15.6.5). Nor does another 5xx of GWS or Click2Dial: it says that the party broke, and no page
+    says what it had done by then; a call or a record with our reference may follow. It is no specific cause
+    (rule 2 of the taxonomy), and `failed` could not be corrected (rule 7): so the dial stays open until
+    evidence or its deadline. Noojee's is a failure, because the taxonomy says so ("HTTP >= 300").
     """
-    if answer.status in (502, 504):
+    broke = answer.status >= 500 and system is not System.NOOJEE
+    if broke or answer.status in (502, 504):
         return unanswered(system, answer)
     if answer.status in (401, 403, 407):
         return login_refused(system, f"HTTP {answer.status} {answer.said}".strip())
