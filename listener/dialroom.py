@@ -90,9 +90,7 @@ class DialRoom:
         )
         self.switchboard = Switchboard(
             self.watch,
-            call_ids=self._call_ids,
-            requested=self.dials.requested,
-            previews=self.dials.previews,
+            self.dials,
             deadlines=deadlines,
             wall=wall,
         )
@@ -125,10 +123,6 @@ class DialRoom:
     def not_ready(self) -> list[str]:
         """Which PBXs are not heard now, and why."""
         return [f"{pbx.name}: {pbx.trouble}" for pbx in self._pbxs if pbx.trouble]
-
-    async def _call_ids(self, call: int) -> tuple[str, ...]:
-        told = await self.dials.told_again([call])
-        return (told[-1].call.call_id, *told[-1].call.aliases) if told else ()
 
     @asynccontextmanager
     async def working(

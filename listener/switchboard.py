@@ -16,7 +16,7 @@ It refuses to know HTTP, SQL and settings: ways out are handed in as plain value
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Protocol, TypeVar, assert_never
@@ -97,6 +97,25 @@ class Watch(Protocol):
 
     async def tell(self, dial: str, fact: Fact, at: datetime) -> Dial | None:
         """Notes what was learnt of a dial; waits for a store that is away."""
+
+
+class Written(Protocol):
+    """What is written down of dials and calls: `listener.store.dials.Dials`. It raises `StoreError`."""
+
+    async def keyed(self, key: str) -> Dial | None:
+        """The dial that was placed with this key."""
+
+    async def requested(self, id: str) -> JsonObject | None:
+        """What was asked for when a dial was placed."""
+
+    async def previews(self, account: int, since: datetime) -> list[bytes]:
+        """The messages about outbound records that an account received since then, the newest first."""
+
+    async def call_ids(self, call: int) -> tuple[str, ...]:
+        """The ids by which the outside system knows a call."""
+
+    async def called(self, accounts: Iterable[int], name: str) -> Dial | None:
+        """The dial that is the call which the outside system calls so."""
 
 
 class GwsWay(Struct, frozen=True):
@@ -201,6 +220,9 @@ _W = TypeVar("_W", NoojeeWay, Click2DialWay)
 _REFERENCES = ("contact_ref", "call_ref", "reference")
 """What Click2Dial calls a reference: from v3.0.0, before that, and in `Click2DialCall`."""
 
+_HANDLE = "recordHandle"
+"""What Genesys calls the name of an outbound record, in a record and in a request that names one."""
+
 _OURS = frozenset(_Asked.__struct_fields__)
 
 
@@ -211,19 +233,14 @@ def _new_id() -> str:
 class Switchboard:
     """Places dials. `run` it in a task: it holds those that are being sent.
 
-    The ways may be changed while it runs: `gws` by the account's name, the others by the PBX's. `call_ids`
-    gives the ids by which the outside system knows a call; `requested` what was asked for when a dial was
-    placed; `previews` the messages about outbound records that an account received since then, the newest
-    first.
+    The ways may be changed while it runs: `gws` by the account's name, the others by the PBX's.
     """
 
     def __init__(
         self,
         watch: Watch,
+        written: Written,
         *,
-        call_ids: Callable[[int], Awaitable[tuple[str, ...]]],
-        requested: Callable[[str], Awaitable[JsonObject | None]],
-        previews: Callable[[int, datetime], Awaitable[list[bytes]]],
         deadlines: Deadlines = DEADLINES,
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),  # noqa: TID251 - a shell's default
         new_id: Callable[[], str] = _new_id,
@@ -235,9 +252,7 @@ class Switchboard:
         self.noojee: dict[str, NoojeeWay] = {}
         self.click2dial: dict[str, Click2DialWay] = {}
         self._watch = watch
-        self._call_ids = call_ids
-        self._requested = requested
-        self._previews = previews
+        self._written = written
         self._deadlines = deadlines
         self._wall = wall
         self._new_id = new_id
@@ -289,8 +304,13 @@ class Switchboard:
             )
         asked = _converted({name: value for name, value in fields.items() if name in _OURS}, _Asked)
         own = {name: value for name, value in fields.items() if name not in _OURS}
-        if asked.system == PREVIEW and "recordHandle" in own:
+        request: JsonObject = {**structs.asdict(asked), **own}
+        # First of all: what this request needs may be forgotten, or forbidden, since it was carried out.
+        if key is not None and (before := await self._written.keyed(key)) is not None:
+            return await self._again(before, request)
+        if asked.system == PREVIEW and _HANDLE in own:
             own = await self._heard_record(asked, own)
+            request |= own
         id = self._new_id()
         ready = self._ready(asked, own, id)
         if self._tasks is None or self._sending >= self._sending_max:
@@ -307,7 +327,6 @@ class Switchboard:
             campaign=asked.campaign,
             deadlines=self._deadlines,
         )
-        request: JsonObject = {**structs.asdict(asked), **own}
         # Counted before the first wait, so that the bound holds for callers at the same time.
         self._sending += 1
         self._idle.clear()
@@ -319,13 +338,18 @@ class Switchboard:
         finally:
             if not is_new:
                 self._done()
-        if not is_new and await self._requested(kept.id) != request:
+        warnings = ready.request.warnings if isinstance(ready.request, Click2DialCall) else ()
+        return Placed(kept, True, warnings) if is_new else await self._again(kept, request)
+
+    async def _again(self, kept: Dial, request: JsonObject) -> Placed:
+        """The dial that has the key of this request already. Raises `KeyReused`."""
+        asked = await self._written.requested(kept.id)
+        if asked is None or _without_record(asked) != _without_record(request):
             raise KeyReused(
                 f"the Idempotency-Key was used for another request, the dial {kept.id}; "
                 "give each request a key of its own"
             )
-        warnings = ready.request.warnings if isinstance(ready.request, Click2DialCall) else ()
-        return Placed(kept, is_new, warnings)
+        return Placed(kept, False)
 
     async def _send(self, ready: _Ready, dial: Dial) -> None:
         """Asks for the call, once, and tells the dial what came of that."""
@@ -415,6 +439,7 @@ class Switchboard:
 
     def _by_preview(self, asked: _Asked, own: JsonObject) -> _Ready:
         way = self._gws_way(asked)
+        own = {name: value for name, value in own.items() if name != _HANDLE}
         message = own.pop("message", None)
         if message is not None:
             device = own.pop("devicePath", None)
@@ -422,7 +447,9 @@ class Switchboard:
                 raise InvalidRequest(
                     "message", "is the whole request", "give devicePath beside it, or nothing"
                 )
-            own["outboundRecord"] = preview_dial(msgspec.json.encode(message)).outbound_record
+            if not isinstance(message, dict):
+                raise InvalidRequest("message", "is no JSON object", "give the message as it was heard")
+            own["outboundRecord"] = preview_dial(message).outbound_record
             if device is not None:
                 own["devicePath"] = device
         request = _converted(own, GwsPreviewDial)
@@ -438,16 +465,17 @@ class Switchboard:
         )
 
     async def _heard_record(self, asked: _Asked, own: JsonObject) -> JsonObject:
-        """The request with the outbound record that was heard with this handle. Raises as `place`."""
-        way, handle = self._gws_way(asked), own["recordHandle"]
-        for raw in await self._previews(way.account, self._wall() - timedelta(seconds=PREVIEW_S_MAX)):
+        """The request with the outbound record that was heard with its handle. Raises as `place`."""
+        way, handle = self._gws_way(asked), own[_HANDLE]
+        if not {"outboundRecord", "message"}.isdisjoint(own):
+            raise InvalidRequest(_HANDLE, "stands beside a record that has one", "give one of them")
+        for raw in await self._written.previews(way.account, self._wall() - timedelta(seconds=PREVIEW_S_MAX)):
             try:
                 record = preview_dial(raw).outbound_record
             except InvalidRequest:
                 continue  # of a campaign, or of a record that was chained
-            if record.get("recordHandle") == handle:
-                rest = {name: value for name, value in own.items() if name != "recordHandle"}
-                return {"outboundRecord": record, **rest}
+            if record.get(_HANDLE) == handle:
+                return {"outboundRecord": record, **own}
         raise NotKnown(
             f"{way.name} heard of no preview record {handle!r:.40} lately; have /v2/me/outbound among the "
             "channels of its environment, or give the record whole"
@@ -509,7 +537,7 @@ class Switchboard:
         if way is None:
             raise NotKnown(f"no [noojee] of the settings has the account of the dial {dial.id}; add it")
         _allowed(way, "noojee")
-        ids = () if dial.call is None else await self._call_ids(dial.call)
+        ids = () if dial.call is None else await self._written.call_ids(dial.call)
         if not ids:
             raise NotAllowed(
                 f"which call the dial {dial.id} is was not heard yet, and by extension another call might be "
@@ -519,18 +547,27 @@ class Switchboard:
         said = await way.calls.hangup(NoojeeHangup(exten_or_unique_id=ids[0]))
         self._log.info("hang-up", dial=dial.id, said=type(said).__name__.lower())
         answered(said)
+        return await self._hung_up(way, ids[0], asked_at, dial) or dial
+
+    async def _hung_up(
+        self, way: NoojeeWay, call_id: str, asked_at: datetime, dial: Dial | None = None
+    ) -> Dial | None:
+        """Tell the dial of a call that its PBX took our hang-up. None where no dial has that id, as none has
+        an extension: by that it may have been another call."""
         try:
             async with asyncio.timeout(self._tell_s):
-                return await self._watch.tell(dial.id, HangupRequested(), asked_at) or dial
+                dial = dial or await self._written.called(way.accounts.values(), call_id)
+                return dial and await self._watch.tell(dial.id, HangupRequested(), asked_at)
         except (TimeoutError, StoreError) as error:
             # It was done, and an error would say that it was not. The watch notes it when the store is back.
-            self._log.warning("a hang-up is not noted yet", dial=dial.id, error=str(error))
-            return dial
+            self._log.warning("a hang-up is not noted yet", call=call_id, error=str(error))
+            return None
 
     async def control(self, action: str, fields: JsonObject) -> None:
         """Have Noojee do something with a call: `hangup`, `answer`, `start` or `stop` (recording).
 
-        `fields` are the `environment` and the request's own parameters. Raises as `place`, and as `answered`.
+        `fields` are the `environment` and the request's own parameters. A hang-up by the id of a call is a
+        fact of the dial that the call is. Raises as `place`, and as `answered`.
         """
         asked = _converted({"system": "noojee", **{n: v for n, v in fields.items() if n in _OURS}}, _Asked)
         own = {name: value for name, value in fields.items() if name not in _OURS}
@@ -538,9 +575,11 @@ class Switchboard:
             raise NotAllowed(f"{asked.system} has no request for that; Noojee has")
         way = _allowed(self._noojee_way(asked.environment), "noojee")
         said: Acknowledgement
+        asked_at, hung_up = self._wall(), None
         match action:
             case "hangup":
-                said = await way.calls.hangup(_converted(own, NoojeeHangup))
+                hung_up = _converted(own, NoojeeHangup)
+                said = await way.calls.hangup(hung_up)
             case "answer":
                 said = await way.calls.answer(_converted(own, NoojeeAnswer))
             case "start":
@@ -551,6 +590,15 @@ class Switchboard:
                 raise InvalidRequest("action", f"{action!r:.40} is none", "write start or stop")
         self._log.info("asked a pbx", action=action, environment=way.name)
         answered(said)
+        if hung_up is not None:
+            await self._hung_up(way, hung_up.exten_or_unique_id, asked_at)
+
+
+def _without_record(request: JsonObject) -> JsonObject:
+    """What was asked for: a record that was found by its handle was not, and is forgotten some day."""
+    if _HANDLE not in request:
+        return request
+    return {name: value for name, value in request.items() if name != "outboundRecord"}
 
 
 def answered(said: Acknowledgement) -> None:

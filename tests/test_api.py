@@ -21,7 +21,7 @@ from listener.errors import (
 )
 from listener.settings import Api
 from tests.support.centres import TOKEN, Centres, centres
-from tests.support.running import InProcess
+from tests.support.running import InProcess, until
 
 
 @pytest.fixture
@@ -229,6 +229,28 @@ async def test_a_dial_is_hung_up_and_a_call_recorded(client: Client, there: Cent
     assert [each["kind"] for each in told["facts"]].count("hangup_requested") == 1
     (call,) = there.noojee.calls
     assert there.noojee.recordings == [("start", call.unique_call_id, "22", "")]
+
+
+async def test_a_call_that_is_hung_up_ends_its_dial_by_us(client: Client, there: Centres) -> None:
+    """By POST /calls with the id of the call, whoever dialled: it is cancelled, and by us."""
+    there.noojee._time_scale = 0.2
+    there.noojee.monitor("102")
+    there.noojee.scripts["0383208102"] = "not_answered"
+    placed = await client.dial("noojee", number="0383208102", extenOrUniqueId="SIP/101")
+    overheard = there.noojee.call("102", "not_answered", "0383208103")
+
+    async def begun() -> bool:
+        page = await client.dials(system="noojee")
+        return [each["call"] is not None for each in page["dials"]] == [True, True]
+
+    await until(begun)
+    for call in there.noojee.calls:
+        await client.control("hangup", extenOrUniqueId=call.unique_call_id)
+    assert overheard.known == "cancelled"
+    for each in (await client.dials(system="noojee"))["dials"]:
+        told = await ended(client, each["id"])
+        assert (told["outcome"], told["ended_by"]) == ("cancelled", "agent")
+    assert placed["id"] in {each["id"] for each in (await client.dials(outcome="cancelled"))["dials"]}
 
 
 async def test_a_record_by_webhook_ends_a_dial(client: Client, there: Centres) -> None:

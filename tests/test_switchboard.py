@@ -1,12 +1,13 @@
 """The switchboard, with the real dial watch and a real PostgreSQL; the ways out are plain functions."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec import structs
 
@@ -73,12 +74,28 @@ class Party:
     hangup = answer = start_recording = stop_recording = dial
 
 
+class Written(Dials):
+    """The store, in which calls have ids although nobody heard them."""
+
+    under_way = ""
+    """The id of the dial that is the call 1543022361.57."""
+
+    async def call_ids(self, call: int) -> tuple[str, ...]:
+        """Every call has one."""
+        return (f"1543022361.{call}",)
+
+    async def called(self, accounts: Iterable[int], name: str) -> Dial | None:
+        """The dial that is this call."""
+        assert list(accounts)
+        return await self.get(self.under_way) if name == "1543022361.57" else None
+
+
 @dataclass
 class Board:
     """A switchboard that works, and what is round it."""
 
     switchboard: Switchboard
-    dials: Dials
+    dials: Written
     watch: DialWatch
     party: Party
 
@@ -95,15 +112,9 @@ class Board:
 async def working(journal: Journal, **options: Any) -> AsyncIterator[Board]:
     """A switchboard with an account that may dial and one that may not, a Noojee and a Click2Dial."""
     ids = await journal.register([AccountRow(name, "", "lab") for name in ("ann", "bob", "desk", "c2d")])
-    dials, party = Dials(journal), Party()
+    dials, party = Written(journal), Party()
     watch = DialWatch(dials, Metrics(), wall=now)
-
-    async def call_ids(call: int) -> tuple[str, ...]:
-        return (f"1543022361.{call}",)
-
-    board = Switchboard(
-        watch, call_ids=call_ids, requested=dials.requested, previews=dials.previews, **options
-    )
+    board = Switchboard(watch, dials, **options)
     board.gws["ann"] = GwsWay(ids["ann"], "ann", "lab", True, party.dial)
     board.gws["bob"] = GwsWay(ids["bob"], "bob", "lab", False, party.dial)
     board.noojee["office"] = NoojeeWay("office", True, {"101": ids["desk"]}, True, party)
@@ -309,6 +320,17 @@ async def test_a_defect_of_an_adapter_is_no_second_dial(journal: Journal) -> Non
         ({**GWS, "campaign": " "}, InvalidRequest, "campaign: is empty"),
         ({**GWS, "environment": "\ud800"}, InvalidRequest, "environment: has control characters"),
         ({"system": "preview", "message": {"a": 1}}, InvalidRequest, "the message is no preview record"),
+        ({"system": "preview", "message": [1]}, InvalidRequest, "message: is no JSON object"),
+        (
+            {"system": "preview", "message": {"record": {"phoneNumber": "\ud800"}}},
+            InvalidRequest,
+            "message: has half a surrogate pair; give whole characters",
+        ),
+        (
+            {"system": "preview", "outboundRecord": RECORD, "recordHandle": 431},
+            InvalidRequest,
+            "recordHandle: stands beside a record",
+        ),
     ],
 )
 async def test_what_is_wrong_is_refused_before_anything_is_written(
@@ -404,6 +426,7 @@ async def under_way(there: Board) -> Dial:
     assert await there.ended(placed) is None
     dial = await there.watch.tell(placed.dial.id, NoojeeStatus("Dialing Out"), now())
     assert dial is not None
+    there.dials.under_way = dial.id
     return structs.replace(dial, call=57)
 
 
@@ -434,6 +457,54 @@ async def test_a_hang_up_that_was_accepted_is_why_a_dial_ended(journal: Journal)
         assert there.party.asked[-1].exten_or_unique_id == "1543022361.57"
         told = await hung_up(there, dial)
         assert (told.outcome, told.ended_by) == (Outcome.CANCELLED, EndedBy.AGENT)
+
+
+async def test_a_call_that_is_hung_up_is_why_its_dial_ended(journal: Journal) -> None:
+    """By the id of the call; by extension it may have been another one, and no dial is told. Also when the
+    end was heard before the PBX answered."""
+    async with working(journal) as there:
+        dial = await under_way(there)
+        await there.switchboard.control("hangup", {"extenOrUniqueId": "SIP/101"})
+        kept = await there.dials.get(dial.id)
+        assert kept is not None
+        assert kept.hangup_at is None
+        there.party.gate.clear()
+        async with asyncio.TaskGroup() as tasks:
+            fields: JsonObject = {"extenOrUniqueId": "1543022361.57"}
+            tasks.create_task(there.switchboard.control("hangup", fields))
+            await until(lambda: len(there.party.asked) == 3)
+            assert (await hung_up(there, dial)).outcome is Outcome.UNKNOWN
+            there.party.gate.set()
+        told = await there.dials.get(dial.id)
+        assert told is not None
+        assert (told.outcome, told.ended_by, told.corrected) == (Outcome.CANCELLED, EndedBy.AGENT, True)
+
+
+async def test_a_key_is_looked_up_before_the_record_that_its_request_names(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same request again is the same dial, although its preview record is forgotten meanwhile; another
+    record is another request."""
+    message = {"messageType": "OutboundRecordMessage", "notificationType": "PreviewRecord", "record": RECORD}
+    request = {"system": "preview", "account": "ann", "recordHandle": 431}
+    heard = [msgspec.json.encode(message)]
+
+    async def previews(*_: Any) -> list[bytes]:
+        return heard
+
+    async with working(journal) as there:
+        monkeypatch.setattr(there.dials, "previews", previews)
+        first = await there.switchboard.place(dict(request), "order-1")
+        heard.clear()
+        again = await there.switchboard.place(dict(request), "order-1")
+        assert (again.dial.id, again.is_new) == (first.dial.id, False)
+        with pytest.raises(KeyReused):
+            await there.switchboard.place({**request, "recordHandle": 432}, "order-1")
+        with pytest.raises(NotKnown, match="no preview record 431"):
+            await there.switchboard.place(dict(request), "order-2")
+        await there.switchboard.drain()
+        (asked,) = there.party.asked
+        assert asked.outbound_record == RECORD
 
 
 @pytest.mark.parametrize(

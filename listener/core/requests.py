@@ -131,15 +131,16 @@ class GwsPreviewDial(Struct, frozen=True, kw_only=True, rename="camel", forbid_u
         return str(self.outbound_record["phoneNumber"])
 
 
-def preview_dial(raw: bytes, device_path: str | None = None) -> GwsPreviewDial:
-    """The dial of a preview record that was heard: `raw` is the message of the outbound channel, as it came.
+def preview_dial(heard: bytes | JsonObject, device_path: str | None = None) -> GwsPreviewDial:
+    """The dial of a preview record: `heard` is the message of the outbound channel as it came, or as the
+    object that somebody gives, which must be one that JSON can say.
 
     The record goes back as it was received, with its user data, and the number in addition. Where it has no
     `phoneNumber` of its own, its user data name it: GSW_PHONE, or contact_info. Raises `InvalidRequest` for
     any other message.
     """
     try:
-        message = msgspec.json.decode(raw)
+        message = msgspec.json.decode(heard) if isinstance(heard, bytes) else _json_object("message", heard)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         message = None
     body = message if isinstance(message, dict) else {}

@@ -99,6 +99,23 @@ class Dials:
             found = await connection.fetchrow(_BY_ID, id)
         return None if found is None else _kept(found).dial
 
+    async def keyed(self, key: str) -> Dial | None:
+        """The dial that was placed with this idempotency key."""
+        async with self._journal.transaction() as connection:
+            found = await connection.fetchrow(_BY_KEY, key)
+        return None if found is None else _kept(found).dial
+
+    async def called(self, accounts: Iterable[int], name: str) -> Dial | None:
+        """The dial that is the call which its system calls so, of one of these accounts."""
+        async with self._journal.transaction() as connection:
+            found = await connection.fetchrow(_CALLED, name, sorted(set(accounts)))
+        return None if found is None else _kept(found).dial
+
+    async def call_ids(self, call: int) -> tuple[str, ...]:
+        """The ids by which its system knows a call; empty if there is no such call."""
+        told = await self.told_again([call])
+        return (told[-1].call.call_id, *told[-1].call.aliases) if told else ()
+
     async def requested(self, id: str) -> JsonObject | None:
         """What was asked for when it was placed; None for a dial that was not placed, or is not there."""
         async with self._journal.transaction() as connection:
@@ -457,6 +474,11 @@ _UNCLAIMED = f"""
 _OF_CALLS = f"""
     SELECT {_D} FROM dial d
     WHERE d.call_id = ANY($1) AND d.outcome IS NULL AND d.merged_into IS NULL"""  # noqa: S608
+
+_CALLED = f"""
+    SELECT {_D} FROM call_alias a JOIN dial d ON d.call_id = a.call_id
+    WHERE a.alias = $1 AND a.account_id = ANY($2) AND d.merged_into IS NULL
+    ORDER BY d.requested_at DESC LIMIT 1"""  # noqa: S608
 
 _STATES = """
     SELECT h.call_id, h.notification_id, h.at, h.after FROM change h
