@@ -304,6 +304,7 @@ class Watch:
         "_announced",
         "_answered_at",
         "_answers",
+        "_asked_last",
         "_behind_since",
         "_clock",
         "_closing",
@@ -384,6 +385,7 @@ class Watch:
         self._answers = 0
         self._answered_at: datetime | None = None
         self._said_until: datetime | None = None
+        self._asked_last: datetime | None = None
         self._slow: datetime | None = None
         self._held_since: datetime | None = None
         self._behind_since: datetime | None = None
@@ -448,6 +450,8 @@ class Watch:
 
     def vouched(self) -> datetime | None:
         """Until when everything that the server said is durable, whatever happens to us now."""
+        if self._asked_last is not None and not self._undurable:
+            return self._asked_last
         at = self._undurable[0].known_until if self._undurable else self._said_until
         doubts = [doubt for doubt in (at, self._slow, self._behind_since) if doubt is not None]
         return min(doubts) if at is not None else None
@@ -565,13 +569,19 @@ class Watch:
         self._resumes_from = None
         self._deaf(_Gap(since, "session lost", self._clock()), detail)
 
-    def end(self, at: datetime, cause: str = "stopped") -> None:
-        """The account is listened to no more, from `at` on; what its session still says changes nothing.
+    def end(self, at: datetime, asked_last: datetime | None = None, *, cause: str = "stopped") -> None:
+        """The account is listened to no more, from `at` on; what its session still says changes nothing, nor
+        does another call.
 
-        Unless the session is resumed, the gap began when the last answer was asked for: what was said since
-        may have been under way, and nobody waits for it any more.
+        Unless the session is resumed, the gap began when the last answer was asked for, which may be long
+        before `at`: what was said since may have been under way, and nobody waits for it any more. But if the
+        server was asked once more, at `asked_last`, when all that it had said before was durable, and has
+        answered, then everything until that moment is in what it has told.
         """
+        if self._ended:
+            return
         self._ended = True
+        self._asked_last = asked_last
         self._forget_snapshot()
         if self._gap is not None:
             self._count(self._gap, at)

@@ -4,10 +4,11 @@ It decides only who is given to whom, what is reloaded, and the order of startin
 store (the bundled PostgreSQL if no other is configured), the journal, coverage ("nothing is observed yet"),
 the operations pages, what places and hears dials, then a line for each account, which goes on with the
 session of the run before where there is one. Stop, on SIGTERM or SIGINT, within `limits.stop_s`: nothing is
-dialled any more, coverage says "stopped", the sessions are left with their servers for the next start (or
-ended, with `goodbye`), what was heard is committed and told to the dials, then the store; a second signal
-does not wait. SIGHUP reads the settings again: accounts that are new begin, those that are gone end, those
-that changed begin anew, and all others notice nothing.
+dialled any more, each server is asked once more for what it has queued, coverage says "stopped", the
+sessions are left with their servers for the next start (or ended, with `goodbye`), what was heard is
+committed and told to the dials, then the store; a second signal does not wait. SIGHUP reads the settings
+again: accounts that are new begin, those that are gone end, those that changed begin anew, and all others
+notice nothing.
 
 One account's failure never reaches another: each runs in a task that catches whatever breaks it, says so,
 in the coverage too, and begins again from nothing after a pause.
@@ -591,16 +592,20 @@ class Daemon:
         """Stops accounts, all at the same time; with `goodbye` their sessions are over."""
         at = self._wall()
         for each in running:
-            # First, because from the farewell on nothing is heard any more, however long it takes.
-            each.watch.end(at)
             line = self._lines.pop(each.watch.account, None)
             if line is not None:
                 line.goodbye = goodbye
+                # Before the farewell, from which on nothing is heard any more, however long it takes.
+                line.left = partial(each.watch.end, at)
             each.task.cancel()
             del self._accounts[each.settings.name]
             if self._room is not None:
                 self._room.gws.pop(each.settings.name, None)
-        await asyncio.gather(*(each.task for each in running), return_exceptions=True)
+        try:
+            await asyncio.gather(*(each.task for each in running), return_exceptions=True)
+        finally:
+            for each in running:
+                each.watch.end(at)  # where the line had nobody to ask, or did not come that far
 
     def _context(self, environment: Environment) -> ssl.SSLContext | None:
         """The TLS context of an environment; those that trust alike share one. Raises `SettingsError`."""

@@ -609,6 +609,65 @@ async def test_a_stop_begins_where_nothing_is_vouched_for_any_more(stage: Stage)
     assert await stage.rows() == [Row(0, 6, ""), Row(6, None, "stopped")]
 
 
+@pytest.mark.parametrize("asked_s", [12, 14])
+async def test_a_stop_that_asked_once_more_begins_with_the_stop(stage: Stage, asked_s: float) -> None:
+    """What the server had said by then is durable: it is observed up to the stop, or to that ask."""
+    one = stage.watch()
+    await one.up()
+    for passed_s in (6, 4, 4):
+        await stage.clock.advance(passed_s)
+        one.answered()
+    await one.hear(2)
+    await stage.settled()
+    one.watch.end(stage.at(13), stage.at(asked_s))
+    one.watch.end(stage.at(14))
+    stopped = min(13, asked_s)
+    assert await stage.rows() == [Row(0, stopped, ""), Row(stopped, None, "stopped")]
+
+
+async def test_a_stop_vouches_for_nothing_that_its_last_ask_brought_and_that_is_not_durable(
+    stage: Stage, database: str
+) -> None:
+    """Up to the answer before it: what came with the last one may never be stored."""
+    one = stage.watch()
+    await one.up()
+    for passed_s in (6, 4):
+        await stage.clock.advance(passed_s)
+        one.answered()
+    async with uncommitted(database):
+        await one.hear(1)
+        one.watch.end(stage.clock.wall(), stage.clock.wall())
+    assert await stage.rows() == [Row(0, 6, ""), Row(6, None, "stopped")]
+
+
+async def test_a_slow_commit_is_no_doubt_when_nothing_was_asked_meanwhile(
+    stage: Stage, database: str
+) -> None:
+    """After the last ask the session polls no more with an old acknowledgement."""
+    one = stage.watch()
+    await one.up()
+    for passed_s in (6, 4):
+        await stage.clock.advance(passed_s)
+        one.answered()
+    async with uncommitted(database):
+        await one.hear(1)
+        await stage.clock.advance(1)
+    await stage.settled()
+    one.watch.end(stage.clock.wall(), stage.at(10))
+    assert await stage.rows() == [Row(0, 10, ""), Row(10, None, "stopped")]
+
+
+async def test_a_stop_in_a_gap_stays_one_whatever_was_asked(stage: Stage) -> None:
+    """The last answer closes no gap."""
+    one = stage.watch()
+    await one.up()
+    await stage.clock.advance(5)
+    one.gap("disconnected", 3)
+    await stage.clock.advance(5)
+    one.watch.end(stage.clock.wall(), stage.clock.wall())
+    assert await stage.rows() == [Row(0, 3, ""), Row(3, 10, "disconnected"), Row(10, None, "stopped")]
+
+
 async def test_a_stop_before_what_a_resumed_session_delivered_is_durable_leaves_the_gap_of_the_restart(
     journal: Journal, sql: asyncpg.Connection, database: str
 ) -> None:

@@ -16,6 +16,10 @@ empties, and never counts against the time of a request. With acknowledgements t
 it keeps itself alive, and takes nothing new before what it took is durable. Without them whatever a poll
 brings is taken from the server for good: then the next one waits until the outbox is empty.
 
+A stop does not wait for the connect that is held, nor take it for nothing said: on another connection the
+server is asked once more, and answers at once (`Session.last`). After that a held connect is left behind,
+whose answer nobody reads: while the server holds one, it does not count the session's time.
+
 One `Line` is one account's connection over any number of Bayeux sessions. It owns a cookie jar of its own
 (CometD binds a session to the cookie BAYEUX_BROWSER; sharing a jar makes two sessions one "browser", of
 which the server lets only one poll), one that also takes cookies from hosts that are IP addresses, which
@@ -41,6 +45,7 @@ from aiocometd.constants import ConnectionType, TransportState
 from aiocometd.extensions import AuthExtension, Extension
 from aiocometd.transports.abc import Transport
 from aiocometd.transports.registry import register_transport
+from aiohttp.abc import AbstractStreamWriter
 
 from listener.core.calls import Heard
 from listener.core.session import (
@@ -78,6 +83,14 @@ COURIER_RESTS_S = 1.0
 UPGRADES_REFUSED_MAX = 3
 """After so many refusals in a row to upgrade to a websocket, long-polling is used: some proxies pass POST and
 nothing else."""
+
+LAST_ASK_S_MAX = 5.0
+"""How long a stop may take to ask a server for the last time, to store what that brings, and to leave a
+connect behind; all sessions do so at once. What is not known by then is not vouched for."""
+
+STORED_S_MAX = 1.0
+"""How long it waits until all that was heard is durable, before each of those steps. A store that takes
+longer is slow or away, and meanwhile nobody keeps the session alive."""
 
 READ_BUFFER_BYTES = 256 * 1024
 """How much of an answer may wait in the socket's reader; a burst is read in few steps."""
@@ -167,7 +180,9 @@ class Line(Extension):
 
     `goodbye` says whether a cancelled `run` tells the server (/meta/disconnect), so that it keeps nothing
     more for us; it may be changed at any time. Without it the session can be resumed: by a line that is given
-    what this one told its `hearing` to `keep`, as `saved`, if it is `resumable`. `account` is the store's id.
+    what this one told its `hearing` to `keep`, as `saved`, if it is `resumable`. `left` is called when a
+    cancelled `run` hears nothing more, before the goodbye: with the moment at which the server was asked for
+    the last time, if that is known to have brought all that had been said. `account` is the store's id.
     `clock` is steady seconds, `wall` the time of day; both are parameters so that a test can own them.
     """
 
@@ -185,6 +200,7 @@ class Line(Extension):
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self.goodbye = True
+        self.left: Callable[[datetime | None], None] = _nothing
         self.account = account
         self.endpoint = endpoint
         self.credentials = credentials
@@ -216,8 +232,9 @@ class Line(Extension):
     async def run(self) -> None:
         """Connects, subscribes and hears until cancelled; never raises for what a server does.
 
-        When cancelled it hands over what was heard and says goodbye, both within the bound of a request. A
-        bug, of ours or of who hears, ends it with that exception and as a gap; it may be run again.
+        When cancelled it hands over what was heard, asks once more and says goodbye, all within the bound of
+        a request. A bug, of ours or of who hears, ends it with that exception and as a gap; it may be run
+        again.
         """
         self._outbox.clear()
         self._outbox_bytes = 0
@@ -275,11 +292,42 @@ class Line(Extension):
             async with asyncio.timeout(self.session.limits.request_s):
                 await self._transport.halt()
                 await self._outbox_empty()
+                self.left(await self._ask_last(self._transport))
                 if self.goodbye and self.broken is None:
                     await self._durable()
                     self._leaving = True
                     self._keep(None)
                     await self._transport.disconnect()
+
+    async def _ask_last(self, transport: "_Shell") -> datetime | None:
+        """Asks for what is queued, so that everything until now is known to be heard, and gives that moment;
+        None when it is not known. Whatever goes wrong, it is as if nothing had been asked."""
+        asked_at: datetime | None = None
+        try:
+            async with asyncio.timeout(LAST_ASK_S_MAX):
+                send = await self._last()
+                if send is None:
+                    return None
+                began_at = self.wall()
+                await transport.ask_once(send)
+                if not self.session.observing:
+                    return None
+                asked_at = began_at
+                held = await self._last(held=True)
+                if held is not None and not self.goodbye:
+                    await transport.leave_behind(held)
+        except (_NoAnswer, TimeoutError, ValueError, aiohttp.ClientError, OSError) as error:
+            log = structlog.get_logger().bind(account=self.account)
+            log.info("not all was asked before the stop", error=f"{type(error).__name__}: {error}")
+        return asked_at
+
+    async def _last(self, *, held: bool = False) -> Send | None:
+        """The session's last connect, when everything is durable."""
+        if self.broken is not None:
+            return None
+        async with asyncio.timeout(STORED_S_MAX):
+            await self._durable()
+        return self.session.last(self.clock(), held=held)
 
     async def _durable(self) -> None:
         """Returns when what an acknowledging server would give again is committed: it gives nothing after a
@@ -482,6 +530,10 @@ def _set_cookies(jar: aiohttp.CookieJar, cookies: Sequence[Cookie], age_s: float
             morsel["max-age"] = str(int(float(cookie.max_age) - max(0.0, age_s)))
         morsel["domain"] = cookie.domain
         jar.update_cookies({cookie.name: morsel})
+
+
+def _nothing(asked_last: datetime | None) -> None:
+    """Whom it does not concern that a line is left."""
 
 
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
@@ -695,10 +747,7 @@ class _Shell(Transport):
         deadline = loop.time() + send.timeout_s
         try:
             async with asyncio.timeout_at(deadline):
-                headers: dict[str, str] = {}
-                if self._auth is not None:
-                    await self._auth.outgoing(send.messages, headers)
-                body = await self._ask(send, headers)
+                body = await self._ask(send, await self._headers(send))
             while True:
                 asked = loop.time()
                 await self._take(body)
@@ -714,6 +763,31 @@ class _Shell(Transport):
             await self._failed(Failure.NETWORK, detail)
         except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
             await self._failed(Failure.NETWORK, f"{type(error).__name__}: {error}")
+
+    async def _headers(self, send: Send) -> dict[str, str]:
+        headers: dict[str, str] = {}
+        if self._auth is not None:
+            await self._auth.outgoing(send.messages, headers)
+        return headers
+
+    async def ask_once(self, send: Send) -> None:
+        """One exchange more after `halt`, on a new connection. What it delivers is told, and nothing else:
+        what goes wrong now is for the next start to find. Raises as `_ask`, and ValueError."""
+        session = self.line.session
+        await self._drop()
+        body = await self._ask(send, await self._headers(send))
+        while True:
+            facts = session.received(split(body), self.line.clock())
+            await self.line.tell([fact for fact in facts if isinstance(fact, Delivered)])
+            if session.answered:
+                return
+            body = await self._more(send)
+
+    async def leave_behind(self, send: Send) -> None:
+        """Sends a connect that the server will hold, and returns when it is under way.
+
+        A server that loses a websocket lets go of its connects too, so that there is nothing to leave.
+        """
 
     async def _failed(self, failure: Failure, detail: str) -> None:
         await self._drop()
@@ -759,13 +833,28 @@ class _Shell(Transport):
         await self.line.hang_up()
 
 
+class _Noticed(aiohttp.BytesPayload):
+    """A body that says when it has been sent."""
+
+    def __init__(self, value: bytes) -> None:
+        super().__init__(value)
+        self.sent = asyncio.Event()
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        """Part of aiohttp's `Payload`."""
+        await super().write_with_length(writer, content_length)
+        self.sent.set()
+
+
 @register_transport(ConnectionType.LONG_POLLING)
 class LongPolling(_Shell):
     """One POST an exchange; a connect is held by the server until there is something to say."""
 
     async def _ask(self, send: Send, headers: dict[str, str]) -> bytes:
+        return await self._post(msgspec.json.encode(send.messages), headers)
+
+    async def _post(self, body: bytes | aiohttp.Payload, headers: dict[str, str]) -> bytes:
         limit = self.line.endpoint.delivery_bytes_max
-        body = msgspec.json.encode(send.messages)
         # A redirect would turn the POST into a GET, or take the credentials elsewhere.
         async with self.line.http().post(
             self._url, data=body, headers=headers, allow_redirects=False
@@ -782,6 +871,21 @@ class LongPolling(_Shell):
                 if size > limit:
                     raise _NoAnswer(Failure.OVERSIZED, f"more than {limit} bytes")
         return b"".join(chunks)
+
+    async def leave_behind(self, send: Send) -> None:
+        """Sends a connect that the server will hold, and returns when it is under way."""
+        body = _Noticed(msgspec.json.encode(send.messages))
+        loop = asyncio.get_running_loop()
+        asking = loop.create_task(self._post(body, await self._headers(send)))
+        leaving = loop.create_task(body.sent.wait())
+        try:
+            await asyncio.wait({asking, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asking.cancel()
+            leaving.cancel()
+            await asyncio.wait({asking, leaving})
+            if not asking.cancelled():
+                asking.exception()  # seen, and of no use to anybody
 
     async def _more(self, send: Send) -> bytes:
         raise _NoAnswer(Failure.MALFORMED, f"an answer without a reply to {send.channel}")

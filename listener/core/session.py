@@ -19,6 +19,8 @@ needs no network (numbers refer to the Bayeux specification 1.0 and the CometD r
   once and with nothing is asked less often too.
 - **A restart is no loss.** A session outlives us by its server's `maxInterval`: `resume` goes on with it,
   from the batch that was stored last. So each delivery says which batch it makes whole, for who stores it.
+- **A stop knows how far it heard.** Before a planned one, `last` asks once more for all that is queued: with
+  acknowledgements the answer holds also what was under way in an answer that nobody waits for any more.
 - **Nothing silent.** A refused subscription, a lost session, a connect or handshake that is denied: each is
   a fact, is tried again slowly, and counts as a gap until every channel is subscribed again.
 """
@@ -567,6 +569,19 @@ class Session:
         """Say /meta/disconnect next, then stop."""
         self._goodbye = True
 
+    def last(self, now: float, *, held: bool = False) -> Send | None:
+        """A connect to send before the session is left alone, on a connection that nothing was asked on: an
+        answer to what was asked before would be taken for its own. It is answered at once, or `held`.
+
+        None where its answer would not prove that everything was heard: without acknowledgements what an
+        earlier answer took from the server is gone; nor while something is not durable, or there is a gap.
+        """
+        if not (self.ack and self.observing and self.durable) or self.client_id is None or self._goodbye:
+            return None
+        self._early, self._early_bytes = [], 0  # not told, so not acknowledged: it comes again
+        connect = self._connect(now, [], at_once=not held)
+        return connect if isinstance(connect, Send) else None
+
     # What to do
 
     def next(self, now: float) -> Action:
@@ -603,7 +618,7 @@ class Session:
         }
         return self._send(HANDSHAKE, [message], now, self.limits.request_s)
 
-    def _connect(self, now: float, resubscribe_at: list[float]) -> Action:
+    def _connect(self, now: float, resubscribe_at: list[float], *, at_once: bool = False) -> Action:
         message: dict[str, Any] = {"clientId": self.client_id, "connectionType": self.connection_type}
         while self._batches and self._batches[0][1] <= self._committed:
             self._acknowledged, self._acknowledged_position = self._batches.pop(0)
@@ -618,7 +633,7 @@ class Session:
         hold_s = self.timeout_s
         # After a failure a connect that waits would leave open for long whether the session lives.
         probing = self._gap is not None and self._all_subscribed()
-        self._may_be_held = not (waiting or idle or probing or self._first_connect)
+        self._may_be_held = not (waiting or idle or probing or at_once or self._first_connect)
         if not self._may_be_held:
             hold_s = 0.0
         elif resubscribe_at:

@@ -1050,6 +1050,246 @@ async def test_goodbye_is_not_said_when_the_session_is_to_be_resumed(cometd_peer
     assert len(await peer.sessions()) == 1
 
 
+# ── The last ask ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Leaving:
+    """Notes when a line was left, and what it then knew."""
+
+    def __init__(self, line: Line) -> None:
+        self.told: list[datetime | None] = []
+        line.left = self.told.append
+
+
+def utc() -> datetime:
+    """Now."""
+    return datetime.now(UTC)  # noqa: TID251 - beside the line's own
+
+
+async def test_a_stop_hears_what_was_under_way_and_leaves_a_connect(
+    cometd_peer: CometdFactory, journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """The server believes that it has answered, and the answer is lost with the connection that is not waited
+    for. The last ask brings it, and what was said since; it is acknowledged once it is stored, by a connect
+    that the server goes on holding. The next line goes on: one handshake, nothing lost, nothing twice."""
+    peer = await cometd_peer(**SERVER | {"timeout": 2000, "max_interval": 6000})
+    first = Remembering(journal)
+    async with subscribed(peer.url, first, goodbye=False) as line:
+        leaving = Leaving(line)
+        said = [await says(peer, 10)]
+        await first.until_heard(10)
+        await peer.until("sessions", lambda answer: answer["sessions"][0]["held"])
+        await peer.rule("cut", channel=CONNECT, at="headers", how="silent")
+        said.append(await says(peer, 5, whole=True))
+        await peer.until("sessions", lambda answer: not answer["sessions"][0]["held"])
+        said.append(await says(peer, 5, whole=True))
+        assert len(first.heard) == 10
+        before = utc()
+    (asked,) = leaving.told
+    assert asked is not None
+    assert before <= asked <= utc()
+    assert await stored(sql) == [seq for each in said for seq in each.seqs]
+    last, left = [each["message"] for each in await peer.requests(CONNECT)][-2:]
+    assert last["advice"] == {"timeout": 0}
+    assert "advice" not in left
+    assert left["ext"]["ack"] > last["ext"]["ack"]
+    assert (await peer.sessions())[0]["held"], "its time does not run yet"
+    said.append(await says(peer, 5))
+
+    second = Remembering(journal)
+    async with listening(peer.url, second, saved=await first.left()):
+        await second.until_told(Unbroken)
+        await second.until_heard(5)
+        assert (await peer.stats())["handshakes"] == 1
+    assert await stored(sql) == [seq for each in said for seq in each.seqs]
+    assert second.duplicates == 0
+
+
+async def test_a_goodbye_comes_after_the_last_ask(cometd_peer: CometdFactory) -> None:
+    """What the server had said is heard before it forgets it."""
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store) as line:
+        leaving = Leaving(line)
+        await peer.until("sessions", lambda answer: answer["sessions"][0]["held"])
+        await peer.rule("cut", channel=CONNECT, at="headers", how="silent")
+        said = await says(peer, 5, whole=True)
+        await peer.until("sessions", lambda answer: not answer["sessions"][0]["held"])
+    assert store.seqs == list(said.seqs)
+    assert leaving.told != [None]
+    *_, last, farewell = [each["message"] for each in await peer.requests()]
+    assert (last["channel"], last["advice"]) == (CONNECT, {"timeout": 0})
+    assert farewell["channel"] == DISCONNECT
+    assert await peer.sessions() == []
+
+
+async def test_without_acknowledgements_no_last_ask_is_made(kind: Kind, peer: Peer) -> None:
+    """What was under way is gone: another answer would prove nothing."""
+    asks = 2 if kind.flags.get("ack", kind.script == "cometd") else 0
+    store = Store()
+    async with subscribed(peer.url, store, goodbye=False, **kind.endpoint) as line:
+        leaving = Leaving(line)
+        await line_holds(line)
+        connects = (await peer.stats())["connects"]
+    assert (await peer.stats())["connects"] <= connects + asks
+    assert (leaving.told == [None]) is not bool(asks)
+
+
+async def line_holds(line: Line) -> None:
+    """Until it has connected since it subscribed."""
+    await until(lambda: line.session.connected and line.session.observing)
+
+
+@pytest.mark.parametrize("how", ["hangs", "gone", "unknown", "403"])
+async def test_a_last_ask_that_fails_is_as_if_it_had_not_been_made(
+    cometd_peer: CometdFactory, tcp_proxy: ProxyFactory, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """It takes no longer than its bound, tells of no gap, and vouches for nothing; what is kept of a session
+    that the server may still have stays."""
+    monkeypatch.setattr(cometd, "LAST_ASK_S_MAX", 0.3)
+    peer = await cometd_peer(**SERVER)
+    proxy = await tcp_proxy(peer)
+    store = Store()
+    async with subscribed(f"http://{HOST}:{proxy.port}{peer.path}", store, goodbye=False) as line:
+        leaving = Leaving(line)
+        await peer.until("sessions", lambda answer: answer["sessions"][0]["held"])
+        match how:
+            case "hangs":
+                proxy.stall(new=True)
+            case "gone":
+                await peer.kill()
+            case "unknown":
+                await peer.forget()
+            case _:
+                await peer.rule("status", channel=CONNECT, code=403)
+        told = len(store.facts)
+        began = time.monotonic()
+    assert time.monotonic() - began < 1.0
+    assert leaving.told == [None]
+    assert [fact for fact in store.facts[told:] if not isinstance(fact, Gap)] == []
+    if how != "gone":  # then the line may have noticed before it was told to stop
+        assert store.facts[told:] == []
+    assert (store.saved is None) is (how == "unknown")
+
+
+async def test_nothing_is_asked_while_something_heard_is_not_durable(
+    cometd_peer: CometdFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not stored by then is the server's; a store that hangs is waited for within a bound."""
+    monkeypatch.setattr(cometd, "STORED_S_MAX", 0.1)
+    peer = await cometd_peer(**SERVER)
+    store = Store(commits=False)
+    async with subscribed(peer.url, store, goodbye=False) as line:
+        leaving = Leaving(line)
+        await says(peer, 5, whole=True)
+        await store.until(lambda: store.heard)
+    assert leaving.told == [None]
+    assert {each["message"]["ext"]["ack"] for each in (await peer.requests(CONNECT))[1:]} <= {-1, 1, 2}
+    assert store.saved is not None
+
+
+async def test_what_the_last_ask_brings_is_acknowledged_only_when_it_is_durable(
+    cometd_peer: CometdFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heard at the last moment by a store that hangs then: the moment is told, for who knows what is durable;
+    no connect is left behind, and none says goodbye."""
+    monkeypatch.setattr(cometd, "STORED_S_MAX", 0.1)
+    limits = Limits(**{**_fields(LIMITS), "request_s": 0.5})
+    peer = await cometd_peer(**SERVER)
+    store = Store()
+    async with subscribed(peer.url, store, limits=limits) as line:
+        leaving = Leaving(line)
+        await peer.until("sessions", lambda answer: answer["sessions"][0]["held"])
+        await peer.rule("cut", channel=CONNECT, at="headers", how="silent")
+        said = await says(peer, 5, whole=True)
+        await peer.until("sessions", lambda answer: not answer["sessions"][0]["held"])
+        store.commits = False
+    assert store.seqs == list(said.seqs)
+    assert leaving.told != [None]
+    last = (await peer.requests())[-1]["message"]
+    assert (last["channel"], last["advice"]) == (CONNECT, {"timeout": 0})
+    assert len(await peer.sessions()) == 1
+    assert store.saved is not None
+
+
+async def test_a_websocket_asks_once_more_on_a_new_connection(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """Frames of the old one, which nobody reads any more, are not taken for its answer: while messages come
+    all the time, all that were said before the stop are stored, once and in order, and so are those after."""
+    settings = SimulatorSettings(accounts=1, rate=1_000, timeout_ms=5_000, max_interval_ms=6_000)
+    async with Simulator(settings) as simulator:
+        (account,) = simulator.accounts.values()
+        basic = aiohttp.encode_basic_auth(account.login, account.password)
+        origin = f"http://{HOST}:{simulator.gws.port}"
+        url = origin + "/api/v2/notifications"
+        how: dict[str, Any] = {"connection_types": WEBSOCKET, "login_first": True}
+        first, second = Remembering(journal), Remembering(journal)
+        stop = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            login = GenesysClient(origin, {"Authorization": basic})
+            async with subscribed(url, first, login, goodbye=False, **how) as line:
+                leaving = Leaving(line)
+                playing = tasks.create_task(simulator.play(stop=stop))
+                await first.until_heard(300)
+            (asked,) = leaving.told
+            assert asked is not None
+            everything = simulator.truth().accounts[account.login].messages
+            assert everything is not None
+            said = [each for each in everything if each.accepted]
+            before = [each.raw for each in said if each.said_at_s < asked.timestamp()]
+            rows = await sql.fetch("SELECT raw FROM notification ORDER BY id")
+            assert [row["raw"] for row in rows][: len(before)] == before
+            login = GenesysClient(origin, {"Authorization": basic})
+            async with listening(url, second, login, saved=await first.left(), **how):
+                await second.until_heard(100)
+                stop.set()
+                await playing
+                await simulator.drained()
+        assert simulator.gws.broker.handshakes == 1
+        truth = simulator.truth().accounts[account.login]
+    assert second.gaps == []
+    assert truth.messages is not None
+    rows = await sql.fetch("SELECT raw FROM notification ORDER BY id")
+    assert [row["raw"] for row in rows] == [each.raw for each in truth.messages if each.accepted]
+
+
+async def test_a_late_answer_on_a_websocket_is_not_taken_for_the_last(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """The server has begun to answer the connect that is held, and is slow about it, when the line is
+    stopped: what that answer holds is heard once, with the last one."""
+    settings = SimulatorSettings(accounts=1, rate=2_000, timeout_ms=5_000, max_interval_ms=6_000)
+    async with Simulator(settings) as simulator:
+        (account,) = simulator.accounts.values()
+        basic = aiohttp.encode_basic_auth(account.login, account.password)
+        origin = f"http://{HOST}:{simulator.gws.port}"
+        store = Remembering(journal)
+        login = GenesysClient(origin, {"Authorization": basic})
+        async with subscribed(
+            origin + "/api/v2/notifications",
+            store,
+            login,
+            goodbye=False,
+            connection_types=WEBSOCKET,
+            login_first=True,
+        ) as line:
+            leaving = Leaving(line)
+            (session,) = simulator.gws.broker.sessions_of(account.login)
+            await until(lambda: session.notify is not None and session.expires_at == 0.0)
+            batch = session.batch
+            simulator.faults.arm("delay", account=account.login, on="connect", seconds=2.0)
+            await simulator.play(notifications=20)
+            await until(lambda: session.batch == batch + 1)
+            assert store.heard == []
+        said = simulator.truth().accounts[account.login].messages
+    assert leaving.told != [None]
+    assert said is not None
+    rows = await sql.fetch("SELECT raw FROM notification ORDER BY id")
+    assert [row["raw"] for row in rows] == [each.raw for each in said if each.accepted]
+    assert [fact.odd for fact in store.facts if isinstance(fact, Delivered)] == [()]
+
+
 # ── Resume ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1089,7 +1329,7 @@ async def test_a_session_is_resumed_where_the_store_is(
     """A line is dropped without a farewell, with messages stored that it had no time to acknowledge, and
     more are said while nobody listens. Another line with what the store kept goes on: no handshake, no login,
     no subscription; nothing lost, nothing twice, no gap."""
-    peer = await cometd_peer(**SERVER)
+    peer = await cometd_peer(**SERVER | {"max_interval": 6000})
     first = Remembering(journal)
     async with subscribed(peer.url, first, goodbye=False):
         said = [await says(peer, 10)]

@@ -195,6 +195,67 @@ def test_ids_may_come_back_as_numbers() -> None:
     assert script.session.answered
 
 
+# ── The last ask ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_last_ask_acknowledges_what_is_durable_and_is_not_held() -> None:
+    """Whatever is being held: it is answered at once. After it a connect that is held may be left behind."""
+    script = opened()
+    script.polls(call(1), ack=2)
+    script.commits(1)
+    script.sends(CONNECT, ext={"ack": 2})
+    script.sent = asked = script.after(9).session.last(script.now)
+    assert asked is not None
+    (message,) = asked.messages
+    assert (asked.channel, message["ext"], message["advice"]) == (CONNECT, {"ack": 2}, {"timeout": 0})
+    assert asked.timeout_s == DEFAULT_LIMITS.network_delay_s
+    assert seqs(script.answers(call(2), ext={"ack": 3})) == [2]
+    assert script.session.observing
+
+    assert script.session.last(script.now, held=True) is None, "not durable yet"
+    script.commits(2)
+    left = script.session.last(script.now, held=True)
+    assert left is not None
+    assert left.messages[0]["ext"] == {"ack": 3}
+    assert "advice" not in left.messages[0]
+
+
+def test_what_was_under_way_comes_with_the_last_ask_and_counts_once() -> None:
+    """Frames whose number had not come yet were not told; the server repeats them, and they are heard."""
+    script = opened()
+    script.sends(CONNECT)
+    script.pushes(call(1), call(2))
+    script.sent = script.session.last(script.now)
+    told = script.answers(call(1), call(2), call(3), ext={"ack": 5})
+    assert told == [Delivered(1, [(CALLS, call(n)) for n in (1, 2, 3)], before=(-1, 0), batch=(5, 3))]
+
+
+def test_a_last_ask_that_proves_nothing_is_not_made() -> None:
+    """Without acknowledgements, in a gap, with something that is not durable, before the first connect and
+    after the farewell."""
+    assert opened(ack=False).session.last(T0) is None
+    assert Playbook(CALLS).session.last(T0) is None
+    script = opened()
+    script.polls(call(1), ack=2)
+    assert script.session.last(script.now) is None
+    assert script.after(MINUTE).session.last(script.now) is None
+    script.commits(1)
+    assert script.session.last(script.now) is not None
+    script.fails()
+    assert script.session.last(script.now) is None
+    script = opened()
+    script.session.goodbye()
+    assert script.session.last(script.now) is None
+
+
+def test_a_session_that_is_unknown_at_the_last_ask_proves_nothing() -> None:
+    """The answer says so, and it observes no more."""
+    script = opened()
+    script.sent = script.session.last(script.now)
+    script.refuses("402::session_unknown")
+    assert not script.session.observing
+
+
 # ── Acknowledge after commit ──────────────────────────────────────────────────────────────────────────
 
 
@@ -1837,6 +1898,48 @@ def test_everything_is_committed_once_and_in_order(
         stored.commit(server.published)
     assert stored.durable == list(range(1, server.published + 1))
     assert not server.queue
+
+
+@given(exchanges, st.integers(0, 3), st.integers(0, 8), st.integers(0, 3), st.integers(0, 3))
+def test_after_the_last_ask_nothing_that_was_said_is_missing(
+    script: list[tuple[int, str, int, int, bool, bool]], held: int, frames: int, before: int, after: int
+) -> None:
+    """In the model: whatever happened, and whatever is under way in an answer that is not waited for, of
+    which some frames may have come. Where the session asks for the last time, all that was said before is
+    durable with its answer; what is said later is the next life's, once and in order."""
+    server, stored = Server(), Stored()
+    for published, fate, cut_after, commits, framed, _ in script:
+        server.publish(published)
+        stored.exchange(server, fate, cut_after, frames=framed)
+        stored.commit(commits)
+    stored.commit(server.published)
+
+    book = stored.book
+    action = book.session.next(book.now)
+    if isinstance(action, Send):
+        server.publish(held)
+        for item in server.connect(action.messages[0]["ext"]["ack"])[0][:frames]:
+            stored.take(book.pushes(item))
+        stored.commit(server.published)
+    server.publish(before)
+    book.sent = last = book.session.last(book.now)
+    if last is not None:
+        data, number = server.connect(last.messages[0]["ext"]["ack"])
+        stored.take(book.answers(*data, ext={"ack": number}))
+        assert book.session.observing
+        stored.commit(server.published)
+        assert stored.durable == list(range(1, server.published + 1))
+        server.publish(after)
+        left = book.session.last(book.now, held=True)
+        assert left is not None
+        server.connect(left.messages[0]["ext"]["ack"])
+        assert server.forgotten <= len(stored.durable)
+
+    if stored.restart():
+        for _ in range(10):
+            stored.exchange(server, "whole", 0, frames=False)
+            stored.commit(server.published)
+        assert stored.durable == list(range(1, server.published + 1))
 
 
 @pytest.mark.parametrize("kills", [1, 2, 3])

@@ -4,6 +4,8 @@ sessions: they go on, and it is as if nothing had been."""
 import asyncio
 import signal
 import sys
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import asyncpg
@@ -11,12 +13,16 @@ import pytest
 
 from listener.simulator.centre import Simulator
 from listener.simulator.settings import SimulatorSettings
+from listener.store.history import History
 from tests.support.running import Centre, Child, child, configuration, until
 from tests.support.truth import compare
 
 RATE = 300.0
 MAX_INTERVAL_ms = 20_000
 """Longer than any start takes on a machine that is busy."""
+
+QUIET_s = 2.0
+"""Longer than a gap may be that a stop leaves behind, and shorter than a connect is held."""
 
 SAYS_GOODBYE = (
     sys.executable,
@@ -43,6 +49,37 @@ async def stretches(dsn: str, login: str) -> list[str]:
         if (not row["cause"] or row["since"] != row["until"]) and row["cause"] not in found[-1:]:
             found.append(row["cause"])
     return found
+
+
+async def gaps(dsn: str, login: str) -> list[datetime]:
+    """When each gap since an account was observed first began."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        rows = await connection.fetch(
+            "SELECT c.since FROM coverage c JOIN account a ON a.id = c.account_id"
+            " WHERE a.name = $1 AND c.cause NOT IN ('', 'not started') AND c.until IS DISTINCT FROM c.since"
+            " ORDER BY c.since",
+            login,
+        )
+    finally:
+        await connection.close()
+    return [row["since"] for row in rows]
+
+
+async def observed(dsn: str, login: str, until_: datetime) -> tuple[float, float]:
+    """What the strip counts, from the first moment that was observed: seconds observed, and seconds."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        since = await connection.fetchval(
+            "SELECT min(c.since) FROM coverage c JOIN account a ON a.id = c.account_id"
+            " WHERE a.name = $1 AND c.cause = ''",
+            login,
+        )
+    finally:
+        await connection.close()
+    async with History(dsn, clock=lambda: until_) as history:
+        total = (await history.coverage(since=since, until=until_, accounts=[login])).total
+    return total.observed_s, total.asked_s
 
 
 async def restarted(listener: Child, how: signal.Signals) -> None:
@@ -82,6 +119,45 @@ async def test_a_restart_is_not_noticed(database: str, tmp_path: Path, transport
     assert report.stored == truth.sent > 600
     for login in truth.accounts:
         assert await stretches(database, centre.account(login)) == ["not started", "", "stopped"]
+
+
+@pytest.mark.parametrize("transport", ["long-polling", "websocket"])
+async def test_a_planned_stop_is_observed_up_to_the_stop(
+    database: str, tmp_path: Path, transport: str
+) -> None:
+    """Calls go on, then all is quiet for longer than a second, and it is stopped: every account was observed
+    until then, and the strip says so. It is started again after calls that nobody heard at that time: nothing
+    is lost or doubled, and no moment was unobserved."""
+    settings = SimulatorSettings(accounts=4, rate=RATE, max_interval_ms=MAX_INTERVAL_ms)
+    async with Simulator(settings) as simulator:
+        centre = Centre("lab", simulator, "websocket = true" if transport == "websocket" else "")
+        config = tmp_path / "listener.toml"
+        config.write_text(configuration(f'dsn = "{database}"', centre))
+        async with child(config) as listener:
+            await simulator.play(notifications=200)
+            await simulator.drained()
+            quiet_since = time.monotonic()
+            await until(lambda: time.monotonic() - quiet_since > QUIET_s)
+            stopped_at = datetime.now(UTC)  # noqa: TID251 - beside the listener's own
+            assert await listener.stop() == 0
+            ended_at = datetime.now(UTC)  # noqa: TID251 - as above
+            for login in simulator.accounts:
+                observed_s, asked_s = await observed(database, centre.account(login), ended_at)
+                assert asked_s - observed_s < 1.0 + (ended_at - stopped_at).total_seconds()
+                (since,) = await gaps(database, centre.account(login))
+                assert abs(since - stopped_at) < timedelta(seconds=1)
+            await simulator.play(notifications=200)
+            await listener.start()
+            await simulator.finish()
+            await simulator.drained()
+            for login in simulator.accounts:
+                assert await gaps(database, centre.account(login)) == []
+            assert await listener.stop() == 0
+        assert simulator.gws.broker.handshakes == 4
+        truth = simulator.truth()
+    report = (await compare(database, truth, name=centre.account)).check()
+    assert (report.missing, report.surplus) == (0, 0)
+    assert report.stored == truth.sent > 400
 
 
 async def test_a_restart_that_takes_too_long_is_a_gap(database: str, tmp_path: Path) -> None:
