@@ -54,8 +54,10 @@ SNAPSHOT_REFUSED_S_MAX = 3600.0
 """Between two snapshots after the login was refused: insisting locks accounts."""
 
 SETTLED_S = 0.25
-"""When a session has been silent for so long after a snapshot came, nothing that was said before it is under
-way any more: the server holds a connect, and would have answered it."""
+SETTLED_TRIPS = 5
+"""When a session has been silent for so long after a snapshot came, or for so many times what the snapshot
+took where that is longer, nothing that was said before it is under way any more: the server holds a connect,
+and would have answered it. A busy server, or a busy listener, is late with either."""
 
 LEDGER_RETRY_S = 0.5
 LEDGER_RETRY_S_MAX = 5.0
@@ -480,7 +482,7 @@ class Watch:
         decoded = decode(reply.raw, self._snapshot_channel)
         if not isinstance(decoded, Snapshot) or not decoded.complete:
             raise RemoteUnavailable(f"the answer does not list all calls ({len(reply.raw)} bytes)")
-        await self._caught_up()
+        await self._caught_up(reply)
         taken = self._undurable[-1] if self._undurable else None
         while taken is not None and any(each is taken for each in self._undurable):
             await self._pause(self._settled_s)
@@ -635,7 +637,7 @@ class Watch:
     async def _close_gap(self, snapshot: Callable[[], Awaitable[Reply]]) -> None:
         """Stores what is live now; then nothing that happened before the subscription is in doubt."""
         reply = await self._ask(snapshot)
-        await self._caught_up()
+        await self._caught_up(reply)
         heard = self._as_heard(reply)
         stored = asyncio.Event()
         await self._pipeline.hear([heard], stored.set)
@@ -682,17 +684,19 @@ class Watch:
             await self._pause(wait_s)
             wait_s = min(wait_s * 2, most_s)
 
-    async def _caught_up(self) -> None:
-        """Waits until the session has heard everything that was said before a reply that has just come.
+    async def _caught_up(self, reply: Reply) -> None:
+        """Waits until the session has heard everything that was said before a reply, which has just come.
 
         A snapshot that overtook messages in the session's queue would show a state first and how it came
         about afterwards: calls that are held twice, or that begin in the middle. Heard in this order, what
         was said since the snapshot was asked for counts, and what it knows of the other calls.
         """
         before = self._answers
+        took_s = (reply.received_at - reply.asked_at).total_seconds()
+        settled_s = max(self._settled_s, SETTLED_TRIPS * took_s)
         while True:
             seen = self._answers
-            await self._pause(self._settled_s)
+            await self._pause(settled_s)
             behind = self._slow or self._behind_since or self._announced
             # The second answer was asked for after the reply had come.
             if self._answers >= before + 2 and not behind:

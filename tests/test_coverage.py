@@ -38,6 +38,7 @@ from listener.coverage import (
     LEDGER_RETRY_S,
     LEDGER_RETRY_S_MAX,
     SETTLED_S,
+    SETTLED_TRIPS,
     SNAPSHOT_RETRY_S,
     SNAPSHOT_RETRY_S_MAX,
     SNAPSHOTS_AT_ONCE_MAX,
@@ -845,6 +846,27 @@ async def test_a_snapshot_is_heard_after_what_was_said_before_it(stage: Stage) -
     await until(lambda: one.watch.state == "up")
     assert await stored_in_order(stage) == ["cometd", "cometd", "snapshot"]
     assert await stage.rows() == [Row(0, None, "")]
+
+
+async def test_a_snapshot_that_took_long_waits_for_a_longer_silence(stage: Stage) -> None:
+    """Where everything is slow, what was said before it is under way for longer, too."""
+    one = stage.watch(settled_s=SETTLED_S)
+    stage.rest.open.clear()
+    one.tell(SHAKEN, Subscribed())
+    await turns()
+    await stage.clock.advance(1.0)
+    stage.rest.open.set()
+    await turns()
+    for _ in range(4):
+        await stage.clock.advance(1.0)
+    assert await stored_in_order(stage) == []
+    await one.hear(1)
+    one.answered(took=True)
+    await stage.settled()
+    for _ in range(2 * SETTLED_TRIPS):
+        await stage.clock.advance(1.0)
+    await until(lambda: one.watch.state == "up")
+    assert await stored_in_order(stage) == ["cometd", "snapshot"]
 
 
 async def test_a_snapshot_does_not_wait_for_a_silence_that_never_comes(stage: Stage) -> None:
