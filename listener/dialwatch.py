@@ -65,6 +65,11 @@ QUEUE_MAX = 20_000
 """Steps of calls that wait to be told. When there are more, all of them are dropped, and read back from the
 journal when the store has answered."""
 
+DIRECT_MAX = 20_000
+"""Facts from adapters that wait to be told. When there are more, those go whose callers gave up waiting:
+first what the journal tells again, then the rest. If all callers wait, the next one is refused. What is not
+told is counted; its dial ends by what else is heard, or at its deadline."""
+
 BATCH_MAX = 1000
 """Pieces of news in one transaction."""
 
@@ -153,6 +158,9 @@ class Observer(Protocol):
     def dial_ambiguous(self) -> None:
         """A call, or a report of one, may be several placed dials' and was given to none."""
 
+    def dial_dropped(self, facts: int) -> None:
+        """So many facts are not told, since too many waited for the store."""
+
     def dial_unmatched(self, what: str) -> None:
         """A "dial" ended at its deadline without its call; or a "report" of a call fits no dial."""
 
@@ -189,6 +197,7 @@ class DialWatch:
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         queue_max: int = QUEUE_MAX,
+        direct_max: int = DIRECT_MAX,
         dials_max: int = DIALS_MAX,
         deadlines: Deadlines = DEADLINES,
     ) -> None:
@@ -199,9 +208,12 @@ class DialWatch:
         self._clock = clock
         self._pause = pause
         self._queue_max = queue_max
+        self._direct_max = direct_max
         self._deadlines = deadlines
         self._dials = _Waiting(dials_max)
         self._queue: deque[_Item] = deque()
+        self._directs = 0
+        """How many of those in the queue came from adapters."""
         self._queued = asyncio.Event()
         self._idle = asyncio.Event()
         self._behind = True
@@ -262,7 +274,8 @@ class DialWatch:
 
     async def tell(self, dial: str, fact: Fact, at: datetime) -> Dial | None:
         """Something was learnt of the dial with this id. Returns when it is stored, with the dial as it is
-        then; None if there is none. It waits for a store that is away: bound it with a timeout."""
+        then; None if there is none. It waits for a store that is away: bound it with a timeout; it is told
+        all the same, unless more than `DIRECT_MAX` wait. Raises StoreUnavailable if it is not told."""
         return await self._direct(fact, at, dial=dial)
 
     async def sighted(
@@ -283,14 +296,39 @@ class DialWatch:
         *,
         beside: bool = False,
     ) -> Dial | None:
+        if self._directs >= self._direct_max:
+            self._make_room()
         done: asyncio.Future[Dial | None] = asyncio.get_running_loop().create_future()
         self._unanswered.add(done)
+        self._directs += 1
         self._queue.append(_Direct(fact, at, done, dial, seen, key, beside))
         self._wake()
         try:
             return await done
         finally:
             self._unanswered.discard(done)
+
+    def _make_room(self) -> None:
+        """Drop the facts whose callers gave up waiting. Raises StoreUnavailable if all of them wait."""
+        for also_the_rest in (False, True):
+            before = len(self._queue)
+            self._queue = deque(
+                item
+                for item in self._queue
+                if not (
+                    isinstance(item, _Direct) and item.done.cancelled() and (item.beside or also_the_rest)
+                )
+            )
+            if dropped := before - len(self._queue):
+                self._directs -= dropped
+                self._observer.dial_dropped(dropped)
+                self._log.warning("facts of dials are dropped: too many wait for the store", facts=dropped)
+                return
+        self._observer.dial_dropped(1)
+        raise StoreUnavailable(
+            f"{self._directs} facts of dials wait for the database, so this one is not noted; "
+            "ask again when it answers"
+        )
 
     def _wake(self) -> None:
         self._idle.clear()
@@ -314,6 +352,7 @@ class DialWatch:
             if self._behind:
                 await self._insist(self._catch_up)
             items = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
+            self._directs -= sum(isinstance(item, _Direct) for item in items)
             now = self._wall()
             await self._insist(self._look_around, items, now)
             news, answers = self._compose(items, now)

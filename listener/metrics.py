@@ -256,6 +256,9 @@ class Metrics:
         self._dials_ambiguous = counter(
             "listener_dials_ambiguous", "Calls, and reports of calls, that may be of several dials."
         )
+        self._dials_dropped = counter(
+            "listener_dials_dropped", "Facts of dials that were dropped: too many waited for the store."
+        )
         self._dials_corrected = counter(
             "listener_dials_corrected", "Dials whose unknown outcome a late end corrected."
         )
@@ -363,6 +366,10 @@ class Metrics:
     def dial_ambiguous(self) -> None:
         """Count a call, or a report of one, that may be several dials'."""
         self._dials_ambiguous.inc()
+
+    def dial_dropped(self, facts: int) -> None:
+        """Count facts that no dial will be told."""
+        self._dials_dropped.inc(facts)
 
     def dial_unmatched(self, what: str) -> None:
         """Count a dial without a call, or a report without a dial (one of UNMATCHED)."""

@@ -22,6 +22,7 @@ import structlog
 
 from listener.core.calls import Cover, Heard
 from listener.core.dialling import Dial, Fact, Sighting, extension
+from listener.errors import StoreUnavailable
 
 STOPPED = "stopped"
 
@@ -36,7 +37,7 @@ class Dials(Protocol):
     async def sighted(
         self, seen: Sighting, fact: Fact, at: datetime, *, key: str = "", beside: bool = False
     ) -> Dial | None:
-        """Something was learnt of a call."""
+        """Something was learnt of a call. Raises `StoreUnavailable` where too much waits for the store."""
 
 
 class Hears(Protocol):
@@ -106,7 +107,7 @@ class PbxWatch:
         the fact, what the PBX calls the call, and whether the messages alone make a dial of it where none
         fits. Returns when there is room for more; `committed` is called once all of it is durable."""
         if news:
-            with suppress(TimeoutError):
+            with suppress(TimeoutError, StoreUnavailable):
                 async with asyncio.timeout(self._tell_s):
                     await asyncio.gather(
                         *(

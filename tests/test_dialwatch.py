@@ -38,6 +38,7 @@ from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
 from tests.store.line import T0, Line
 from tests.support.database import new_database
+from tests.support.running import until
 
 NUMBER = "+27821234567"
 WITHIN_S = 10
@@ -51,6 +52,7 @@ class Counts:
         self.waiting: dict[System, int] = {}
         self.ambiguous = 0
         self.unmatched: Counter[str] = Counter()
+        self.dropped = 0
 
     def dial(self, advance: Advance) -> None:
         """A dial changed."""
@@ -67,6 +69,10 @@ class Counts:
     def dial_unmatched(self, what: str) -> None:
         """None."""
         self.unmatched[what] += 1
+
+    def dial_dropped(self, facts: int) -> None:
+        """So many facts are not told."""
+        self.dropped += facts
 
     @property
     def ended(self) -> list[Dial]:
@@ -266,6 +272,45 @@ async def test_a_full_queue_loses_nothing(journal: Journal, sql: asyncpg.Connect
         assert told.accepted_at == T0
         assert [row["outcome"] for row in await rows(sql, "outcome")] == ["answered"] * 10 + [None]
         assert len(here.counts.ended) == 10
+
+
+async def test_more_facts_than_may_wait_are_refused_and_counted(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """While the store is away. Whoever gave up waiting makes room, those first whom the journal tells again;
+    what was taken is told when the store is back."""
+    seen = Sighting(System.NOOJEE, T0, account=1, number=NUMBER, device="410")
+    async with site(journal, direct_max=3) as here, asyncio.TaskGroup() as tasks:
+        for id in ("d1", "d2", "d3", "d4"):
+            await here.watch.place(asked(id))
+        here.dials.away = True
+
+        def telling(id: str) -> asyncio.Task[Dial | None]:
+            return tasks.create_task(here.watch.tell(id, Accepted(), T0))
+
+        under_way = telling("d1")
+        await until(lambda: bool(here.watch._unanswered) and not here.watch._queue)
+        heard = tasks.create_task(here.watch.sighted(seen, NoojeeStatus("Ringing"), T0, beside=True))
+        given_up, waits = telling("d2"), telling("d3")
+        await asyncio.sleep(0)
+        with pytest.raises(StoreUnavailable, match="3 facts of dials wait"):
+            await here.watch.tell("d4", Accepted(), T0)
+        assert here.counts.dropped == 1
+        for task in (heard, given_up):
+            task.cancel()
+        await asyncio.wait((heard, given_up))
+        last = telling("d4")
+        await asyncio.sleep(0)
+        assert here.counts.dropped == 2
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await here.watch.tell("d4", Accepted(), T0)
+        assert here.counts.dropped == 3
+        here.dials.away = False
+        assert [await task for task in (under_way, waits, last)]
+        await here.settle()
+        accepted = await rows(sql, "id, accepted_at IS NOT NULL AS accepted")
+        assert [row["accepted"] for row in accepted] == [True, False, True, True]
 
 
 async def test_an_answer_that_was_lost_changes_nothing(journal: Journal, sql: asyncpg.Connection) -> None:

@@ -461,9 +461,11 @@ def test_what_became_of_placed_dials_is_counted() -> None:
     assert _value(metrics, "listener_dials_total", **pair, outcome="unknown", leg="system") == 1
     assert _value(metrics, "listener_dials_corrected_total") == 1
     metrics.dial_ambiguous()
+    metrics.dial_dropped(3)
     metrics.dial_unmatched("dial")
     metrics.dial_unmatched("nothing")
     assert _value(metrics, "listener_dials_ambiguous_total") == 1
+    assert _value(metrics, "listener_dials_dropped_total") == 3
     assert _value(metrics, "listener_dials_unmatched_total", what="dial") == 1
     assert _value(metrics, "listener_dials_unmatched_total", what="other") == 1
 

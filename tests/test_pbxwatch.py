@@ -4,8 +4,11 @@ import asyncio
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
 from listener.core.calls import Cover, Heard
 from listener.core.dialling import Dial, Fact, NoojeeStatus, Sighting, System
+from listener.errors import StoreUnavailable
 from listener.pbxwatch import PbxWatch
 
 NOON = datetime(2026, 3, 2, 12, tzinfo=UTC)
@@ -18,12 +21,14 @@ class _Everything:
     def __init__(self) -> None:
         self.got: list[str] = []
         self.covers: list[Cover] = []
-        self.away = False
+        self.away = self.full = False
 
     async def sighted(
         self, seen: Sighting, fact: Fact, at: datetime, *, key: str = "", beside: bool = False
     ) -> Dial | None:
         assert (seen, fact, at) == (SEEN, NoojeeStatus("Hungup"), NOON)
+        if self.full:
+            raise StoreUnavailable("too many facts of dials wait")
         if self.away:
             await asyncio.Event().wait()
         self.got.append(f"dial {key} {beside}")
@@ -62,10 +67,11 @@ async def test_the_dials_are_told_before_it_is_committed() -> None:
     assert committed.is_set()
 
 
-async def test_dials_that_wait_for_the_database_do_not_hold_up_what_is_heard() -> None:
-    """It goes on to the pipeline, which has a spool."""
+@pytest.mark.parametrize("trouble", ["away", "full"])
+async def test_dials_that_wait_for_the_database_do_not_hold_up_what_is_heard(trouble: str) -> None:
+    """It goes on to the pipeline, which has a spool; also what the dials take no more."""
     all_ = _Everything()
-    all_.away = True
+    setattr(all_, trouble, True)
     heard = Heard(7, "s", 1, NOON, "/noojee/office/101", b"{}")
     await _watch(all_, []).take([heard], [(SEEN, NoojeeStatus("Hungup"), "1.5", True)], lambda: None)
     assert all_.got == ["hear 7"]
