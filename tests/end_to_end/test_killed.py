@@ -202,8 +202,9 @@ async def test_a_child_is_reloaded_and_says_everything_in_json(database: str, tm
 
 # ── Killed at each point between a delivery and its acknowledgement ────────────────────────────────────
 
-NO_POINTS = {"journal._RESERVE"}
-"""Statements of a batch after which nothing is otherwise than before: numbers are set aside."""
+NO_POINTS = {"journal._RESERVE", "ROLLBACK"}
+"""Statements of a batch after which nothing is otherwise than before: numbers are set aside; and what was
+written on an expectation that did not hold, which is seldom, is taken back to be written again."""
 POINTS_RATE = 300.0
 POINT_s = 20.0
 """How long it may take to come to a point."""
@@ -335,4 +336,6 @@ async def test_every_point_is_passed_and_every_statement_is_one(database: str, t
                 await until(lambda: told(listener, killing.PASSED) == expected)
         assert await listener.stop() == 0
         assert told(listener, killing.PASSED) == expected
-        assert told(listener, killing.STATED) - {point.where for point in killing.POINTS} == NO_POINTS
+        stated = told(listener, killing.STATED)
+        assert stated - {point.where for point in killing.POINTS} <= NO_POINTS
+        assert "journal._RESERVE" in stated
