@@ -1,9 +1,11 @@
 """The API and its client: against the daemon as it runs, with all three systems simulated."""
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import ClientSession
 from msgspec import structs
@@ -134,6 +136,34 @@ async def test_each_refusal_has_its_status(client: Client, there: Centres, liste
         assert told["cure"], told
         assert TOKEN not in str(told)
     assert len((await client.dials())["dials"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (b"Authorization: Bearer \xed\xa0\x80", 401),
+        (b"Authorization: \xff", 401),
+        (b"Idempotency-Key: \xed\xa0\x80", 400),
+        (b"Content-Type: application/json; charset=\xed\xa0\x80", 400),
+        (b"Expect: \xed\xa0\x80", 417),
+        (b"Expect: 100-continue", 400),
+    ],
+)
+async def test_a_header_that_is_no_text_is_the_askers_fault(
+    client: Client, header: bytes, status: int
+) -> None:
+    """Half a surrogate pair, or bytes that are no UTF-8 at all: a status of its own, and no defect."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", URL(client._url).port)
+    lines = [b"POST /dials HTTP/1.1", b"Host: here", b"Content-Length: 2", b"Connection: close", header]
+    if not header.startswith(b"Authorization"):
+        lines.append(b"Authorization: Bearer " + TOKEN.encode())
+    writer.write(b"\r\n".join(lines) + b"\r\n\r\n{}")
+    async with asyncio.timeout(5):
+        answer = (await reader.read()).replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+    writer.close()
+    await writer.wait_closed()
+    assert answer.split(b" ")[1] == str(status).encode(), answer
+    assert set(msgspec.json.decode(answer.partition(b"\r\n\r\n")[2])) == {"error", "cure"}
 
 
 NO_TEXT = ["%00", "a%00b", "%ED%A0%80x%00"]
