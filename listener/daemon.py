@@ -58,6 +58,9 @@ STORE_RETRY_S = 1.0
 STORE_RETRY_S_MAX = 30.0
 """Between attempts to reach the database at the start."""
 
+TEND_S = 2.0
+"""How often the bundled PostgreSQL is looked after: it is back about so long after it died."""
+
 UNFINISHED_RETRY_S = 2.0
 """When a reload waits for the database: how long until it is tried again, and how long one try may last."""
 
@@ -253,12 +256,13 @@ class Daemon:
                 token=settings.operations.token.get_secret_value() if settings.operations.token else None,
             )
             await stack.enter_async_context(operations)
-            dsn = await stack.enter_async_context(self._store())
+            dsn, embedded = await stack.enter_async_context(self._store())
             claim = await self._until_there(lambda: Claim.take(dsn))
             if claim is None:
                 return
             async with asyncio.TaskGroup() as tasks:
                 holding = tasks.create_task(self._hold(dsn, claim), name="claim")
+                tending = tasks.create_task(self._tend(embedded), name="bundled postgresql")
                 journal = await self._until_there(lambda: Journal.open(dsn, connections=CONNECTIONS))
                 if journal is not None:
                     stack.push_async_callback(_close, journal)
@@ -266,6 +270,7 @@ class Daemon:
                     stack.callback(spool.close)
                     await self._listen(journal, spool, dsn, operations.port)
                 holding.cancel()
+                tending.cancel()
 
     def _open_spool(self) -> Spool:
         spool = Spool.open(self.settings.spool_directory(), bytes_max=self.settings.limits.spool_bytes_max)
@@ -279,18 +284,31 @@ class Daemon:
         return spool
 
     @asynccontextmanager
-    async def _store(self) -> AsyncIterator[str]:
+    async def _store(self) -> AsyncIterator[tuple[str, Embedded | None]]:
         """The address of the database; the bundled one runs, and has its tables, for as long as we do."""
         if self.settings.store.dsn is not None:
-            yield self.settings.store.dsn.get_secret_value()
+            yield self.settings.store.dsn.get_secret_value(), None
             return
         embedded = Embedded(self.settings.store.data_dir)
         await asyncio.to_thread(embedded.start)
         try:
             await migrate.upgrade(embedded.dsn)
-            yield embedded.dsn
+            yield embedded.dsn, embedded
         finally:
             await asyncio.to_thread(embedded.stop)
+
+    async def _tend(self, embedded: Embedded | None) -> None:
+        """Has the bundled PostgreSQL, where it is ours to run, started again when it has died."""
+        wait_s = TEND_S
+        while embedded is not None:
+            await asyncio.sleep(wait_s)
+            try:
+                if await asyncio.to_thread(embedded.revive):
+                    self._log.error("the bundled PostgreSQL had died, and was started again")
+                wait_s = TEND_S
+            except StoreError as error:
+                wait_s = min(wait_s * 2, STORE_RETRY_S_MAX)
+                self._log.error("the bundled PostgreSQL does not start", error=str(error), retry_s=wait_s)
 
     async def _until_there(self, open_: Callable[[], Awaitable[_Opened]]) -> _Opened | None:
         """Waits for a database that is not there yet; None when told to stop meanwhile."""

@@ -1,6 +1,8 @@
 """The daemon in this process, against the simulated contact centre and a real PostgreSQL."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -794,6 +796,30 @@ async def test_the_bundled_server_runs_as_long_as_the_daemon() -> None:
         finally:
             server = Embedded(place)
             await asyncio.to_thread(server.start)
+            await asyncio.to_thread(server.destroy)
+
+
+async def test_the_bundled_server_is_started_again_when_it_has_died() -> None:
+    """Somebody, or the kernel for want of memory, kills PostgreSQL: what is heard meanwhile waits, and is
+    stored by the next server, which nobody had to start."""
+    place = short_place()
+    async with centre(accounts=1) as simulator:
+        settings = settings_for(simulator, "postgresql://nowhere/").model_copy(
+            update={"store": Store(data_dir=place)}
+        )
+        server = Embedded(place)
+        try:
+            async with InProcess(settings).running():
+                await asyncio.to_thread(server.start)
+                pid_file = server.directory / "data" / "postmaster.pid"
+                died = int(pid_file.read_text().split()[0])
+                os.kill(died, signal.SIGKILL)
+                await simulator.play(notifications=30)
+                await simulator.finish()
+                await simulator.drained()
+                assert int(pid_file.read_text().split()[0]) != died
+                (await compare(server.dsn, simulator.truth())).check()
+        finally:
             await asyncio.to_thread(server.destroy)
 
 

@@ -167,13 +167,15 @@ class Embedded:
 
     def revive(self) -> bool:
         """Have the server running again if it has died; whether it had. Raises as `start` does."""
-        if self._users is None:
-            raise StoreError("The bundled PostgreSQL has no user here: start it first.")
-        with self._alone():
-            if self._answers(self._port):
-                return False
-            self._ensure_running()
-            return True
+        if self._users is not None:
+            with self._alone():
+                # Another thread may have stopped it while this one waited.
+                if self._users is not None:
+                    died = not self._answers(self._port)
+                    if died:
+                        self._ensure_running()
+                    return died
+        raise StoreError("The bundled PostgreSQL has no user here: start it first.")
 
     def stop(self) -> None:
         """Be no user any more; the last one stops the server and waits until it has written all."""
