@@ -216,16 +216,17 @@ def test_the_readme_names_the_columns_of_an_accounts_file() -> None:
 FAULTS_MIN = 25
 
 
-def _faults() -> list[list[str]]:
-    """The rows of the fault table of docs/promises.md, cell by cell."""
-    table = PROMISES.partition("\n## The faults\n")[2].partition("\n## ")[0]
+def _faults(section: str) -> list[list[str]]:
+    """The rows of a table of faults in docs/promises.md, cell by cell."""
+    table = PROMISES.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in row] for row in rows if set(row[0].strip()) != {"-"}][1:]
 
 
-def test_each_fault_has_its_row_and_each_row_its_test() -> None:
-    """A row is a fault, what is seen of it, what is lost, and tests that exist, also with that parameter."""
-    rows = _faults()
+@pytest.mark.parametrize("section", ["The faults", "Dials"])
+def test_each_fault_has_its_row_and_each_row_its_test(section: str) -> None:
+    """A row is a fault, what is seen of it, what it costs, and tests that exist, also with that parameter."""
+    rows = _faults(section)
     support = "".join((ROOT / path).read_text(encoding="utf-8") for path in _python("tests/support"))
     assert len(rows) >= FAULTS_MIN
     assert len({row[0] for row in rows}) == len(rows)
