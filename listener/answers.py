@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from listener.core.calls import Call
-from listener.core.dialling import FAILURES, SUCCESSES, Confidence, Dial
-from listener.core.why import Why
+from listener.core.dialling import FAILURES, SUCCESSES, Confidence, Dial, System, extension
+from listener.core.why import Group, Why
 from listener.store.dialled import DialFound, DialPage, DialTimeline
 from listener.store.history import (
     Altered,
@@ -708,26 +708,36 @@ def show_spool(report: SpoolReport, out: Console) -> None:
 
 # ── Dials ─────────────────────────────────────────────────────────────────────────────────────────────
 
-_DIAL_FIRST_TO_GO = ("origin", "ring", "answer", "account", "leg")
+_DIAL_FIRST_TO_GO = ("origin", "leg", "ring", "answer", "system")
+_ENDING_CHARS_MIN = 20
+"""An outcome, or a word of a cause, goes into so many."""
 _OUTCOMES = {**dict.fromkeys(SUCCESSES, "green"), **dict.fromkeys(FAILURES, "red")}
 
 
 def _dial_row(found: DialFound) -> dict[str, str]:
-    dial = found.dial
-    raw = "" if dial.cause is None else " ".join(filter(None, (str(dial.cause), dial.cause.text)))
+    dial, raw = found.dial, _cause(found.dial)
+    cause = raw if len(raw) <= VALUE_CHARS_MAX else raw[: VALUE_CHARS_MAX - 1] + "…"
     return {
         "id": dial.id,
-        "asked for": _local(dial.requested_at),
-        "account": found.account,
-        "dial": f"{dial.device or found.account} → {dial.number or '?'}",
+        "asked": _local(dial.requested_at),
+        "dial": f"{_who_dialled(found)} → {dial.number or '?'}",
         "system": dial.system,
         "origin": dial.origin,
-        "outcome": _dial_outcome(dial),
         "leg": dial.leg or "",
-        "cause": raw if len(raw) <= VALUE_CHARS_MAX else raw[: VALUE_CHARS_MAX - 1] + "…",
         "ring": seconds(dial.time_to_ring_s),
         "answer": seconds(dial.time_to_answer_s),
+        "outcome": ": ".join(filter(None, (_dial_outcome(dial), cause))),
     }
+
+
+def _who_dialled(found: DialFound) -> str:
+    """By a name or number that people know: of a PBX the extension; a device of GWS has but an id."""
+    dial = found.dial
+    return found.account if dial.system is System.GWS or not dial.device else extension(dial.device)
+
+
+def _cause(dial: Dial) -> str:
+    return "" if dial.cause is None else " ".join(filter(None, (str(dial.cause), dial.cause.text)))
 
 
 def _dial_outcome(dial: Dial) -> str:
@@ -737,23 +747,41 @@ def _dial_outcome(dial: Dial) -> str:
     return f"{dial.outcome}{inferred}"
 
 
+def _of_one_day(rows: list[dict[str, str]], *columns: str, out: Console) -> list[dict[str, str]]:
+    """The rows with times alone, below their day, where all are of one."""
+    days = {row[column][:10] for row in rows for column in columns}
+    if len(days) != 1:
+        return rows
+    out.print(f"[bold]{days.pop()}[/]")
+    return [row | {column: row[column][11:] for column in columns} for row in rows]
+
+
+def _told_in(
+    rows: list[dict[str, str]], last: str, out: Console, *, first_to_go: Iterable[str], times: Iterable[str]
+) -> tuple[dict[str, int], list[str]]:
+    """The widths of the columns, the last of which takes what is left; and which columns there is no room
+    for. If that is not enough, a time goes below its day."""
+    widths = {column: _needed(column, [row[column] for row in rows]) for column in rows[0]}
+    whole = widths[last]
+    widths[last] = min(whole, _ENDING_CHARS_MIN)
+    left_out = []
+    for column in first_to_go:
+        if _left(widths, out) < 0:
+            del widths[column]
+            left_out.append(column)
+    for column in times:
+        if _left(widths, out) < 0:
+            widths[column] = _needed(column, [row[column] for row in rows], words=True)
+    widths[last] = min(whole, widths[last] + max(0, _left(widths, out)))
+    return widths, left_out
+
+
 def show_dials(page: DialPage, out: Console) -> None:
     """Print dials, newest first, and below them what share of the time was observed."""
     left_out: list[str] = []
     if page.dials:
-        rows = [_dial_row(found) for found in page.dials]
-        days = {row["asked for"][:10] for row in rows}
-        widths = {column: _needed(column, [row[column] for row in rows]) for column in rows[0]}
-        if len(days) == 1:
-            out.print(f"[bold]{days.pop()}[/]")
-            rows = [row | {"asked for": row["asked for"][11:]} for row in rows]
-            widths["asked for"] = _needed("asked for", [row["asked for"] for row in rows])
-        for column in _DIAL_FIRST_TO_GO:
-            if _left(widths, out) < 0:
-                del widths[column]
-                left_out.append(column)
-        if (lacking := -_left(widths, out)) > 0:
-            widths["cause"] = max(len("cause"), widths["cause"] - lacking)
+        rows = _of_one_day([_dial_row(found) for found in page.dials], "asked", out=out)
+        widths, left_out = _told_in(rows, "outcome", out, first_to_go=_DIAL_FIRST_TO_GO, times=["asked"])
         table = _table(*widths, right=("ring", "answer"), widths=widths)
         for found, row in zip(page.dials, rows, strict=True):
             shown = {column: escape(row[column]) for column in widths}
@@ -780,15 +808,16 @@ def show_dial(timeline: DialTimeline, out: Console) -> None:
     row = _dial_row(found)
     out.print(
         f"[bold]dial {dial.id}[/] of {escape(found.account)} by {dial.system}, {dial.origin}: "
-        f"{escape(row['dial'])}, [{_dial_colour(dial)}]{row['outcome']}[/]"
+        f"{escape(row['dial'])}, [{_dial_colour(dial)}]{_dial_outcome(dial)}[/]"
     )
     told = {
-        "asked for": row["asked for"],
+        "asked for": row["asked"],
         "ended": "not yet" if dial.ended_at is None else _local(dial.ended_at),
         "waits until": "" if dial.deadline_at is None else _local(dial.deadline_at),
         "leg": row["leg"],
         "ended by": dial.ended_by or "",
-        "cause": "" if dial.cause is None else " ".join(filter(None, (str(dial.cause), dial.cause.text))),
+        "cause": _cause(dial),
+        "device": dial.device or "",
         "ring": row["ring"],
         "answer": row["answer"],
         "retry": dial.retry or "",
@@ -823,31 +852,36 @@ def _call_of(timeline: DialTimeline) -> str:
     return f"{timeline.call.call.id}, {timeline.call.who}; {matched}".removesuffix("; ")
 
 
+def _as_and_where(group: Group) -> str:
+    cause = f" ({group.cause})" if group.cause else ""
+    where = ", ".join(map(str, group.conditions)) or "all dials"
+    return f"{group.outcome or 'any failure'}{cause}: {where}"
+
+
 def show_why(why: Why, out: Console) -> None:
     """Print the groups of failures, those with the most first, and the sentence that names the smallest group
     that explains their rise."""
     if why.groups:
-        figures = ("failures", "of dials", "share", "before")
-        table = _table("first", "last", *figures, "outcome", "cause", "group", right=figures)
-        for group in why.groups:
-            table.add_row(
-                _local(group.first_at),
-                _local(group.last_at),
-                str(group.now.failures),
-                str(group.now.dials),
-                share(group.now.share),
-                share(group.before.share) if group.before.dials else "none",
-                group.outcome or "any failure",
-                escape(group.cause or ""),
-                escape(", ".join(map(str, group.conditions)) or "all dials"),
-            )
+        rows = [
+            {
+                "first": _local(group.first_at),
+                "last": _local(group.last_at),
+                "failed": str(group.now.failures),
+                "of": str(group.now.dials),
+                "share": share(group.now.share),
+                "before": share(group.before.share) if group.before.dials else "none",
+                "as and where": _as_and_where(group),
+            }
+            for group in why.groups
+        ]
+        rows = _of_one_day(rows, "first", "last", out=out)
+        widths, _ = _told_in(rows, "as and where", out, first_to_go=[], times=["first", "last"])
+        table = _table(*widths, right=("failed", "of", "share", "before"), widths=widths)
+        for row in rows:
+            table.add_row(*map(escape, row.values()))
         out.print(table)
         if why.left_out:
             out.print(f"{why.left_out} failure{'s' * (why.left_out != 1)} in smaller groups left out")
-    out.print(
-        f"{why.now.failures} of {why.now.dials} dials failed ({share(why.now.share)}), "
-        f"{why.before.failures} of {why.before.dials} before ({share(why.before.share)})"
-    )
     out.print(escape(why.sentence))
     if why.partial:
         out.print("there were too many different dials to look at all; ask for a shorter time or one account")

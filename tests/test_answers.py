@@ -674,11 +674,24 @@ def test_a_dial_says_how_it_ended_and_why() -> None:
     """Who dialled whom, the outcome, the leg, and the raw cause in its system's words."""
     text = _dials(_dial())
     assert re.search(
-        r"d-1 +12:00:00 +agent5000 +5000 → 0383208100 +gws +placed +not_allowed +system +statusCode 5 no",
-        text,
+        r"d-1 +12:00:00 +agent5000 → 0383208100 +gws +placed +system +not_allowed: statusCode 5 no", text
     )
     assert "1 dial; observed: 100 % of the time" in text
     assert "not_allowed (inferred)" in _dials(_dial(confidence=Confidence.INFERRED))
+
+
+@pytest.mark.parametrize(
+    ("system", "device", "who"),
+    [
+        (System.GWS, "3f0f2a6e-7d2b-4d0c-9b7e-5a1f2d6c8e90", "agent5000"),
+        (System.NOOJEE, "SIP/101", "101"),
+        (System.CLICK2DIAL, "2001", "2001"),
+        (System.NOOJEE, None, "agent5000"),
+    ],
+)
+def test_who_dialled_has_a_name_or_a_number(system: System, device: str | None, who: str) -> None:
+    """The account, as nobody knows a device of GWS by its id; of a PBX the extension."""
+    assert f" {who} → 0383208100" in _dials(_dial(system=system, device=device))
 
 
 def test_a_dial_that_waits_says_how_far_it_got() -> None:
@@ -690,11 +703,18 @@ def test_a_dial_that_waits_says_how_far_it_got() -> None:
 
 
 def test_dials_on_a_narrow_terminal_keep_what_matters() -> None:
-    """The outcome and the cause stay; what is left out is said."""
-    text = _dials(_dial(), width=80)
+    """The id, who dialled whom, the outcome and the cause stay, each word whole; what is left out is said."""
+    many = {
+        "id": "d-3edd6b025f6f9641",
+        "system": System.CLICK2DIAL,
+        "device": "2001",
+        "number": "27820001234",
+    }
+    text = _dials(_dial(**many), _dial(**many, requested_at=NOON - timedelta(days=1)), width=80)
     assert all(len(line) <= 80 for line in text.splitlines())
-    assert "not_allowed" in text
-    assert "too narrow for: origin" in text
+    for word in ("d-3edd6b025f6f9641", "2001 → 27820001234", "not_allowed:", "statusCode", "permission"):
+        assert text.count(word) == 2, word
+    assert "too narrow for: origin, leg, ring, answer, system" in text
 
 
 def test_one_dial_tells_what_led_to_its_outcome() -> None:
@@ -719,6 +739,14 @@ def test_why_names_the_groups_and_the_sentence() -> None:
     out = Console(file=io.StringIO(), width=200, highlight=False)
     show_why(explain([bad, good], [replace(good, dials=100)]), out)
     text = out.file.getvalue()  # type: ignore[attr-defined]
-    assert "40 of 100 dials failed (40 %), 0 of 100 before (0 %)" in text
-    assert re.search(r"2026-03-02 12:00:00 +2026-03-02 12:02:00 +40 .*busy +ErrorCode 231", text)
-    assert "numbers that begin with 2787" in " ".join(text.partition("(0 %)")[2].split())
+    assert "2026-03-02\n" in text
+    assert re.search(
+        r"12:00:00 +12:02:00 +40 +40 +100 % +none +busy \(ErrorCode 231\): numbers that begin", text
+    )
+    assert text.count("40 of 100 dials failed") == 1
+    assert "The rise is in numbers that begin with 2787" in " ".join(text.split())
+    narrow = Console(file=io.StringIO(), width=80, highlight=False)
+    show_why(explain([bad, good], [replace(good, dials=100)]), narrow)
+    lines = narrow.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert all(len(line) <= 80 for line in lines)
+    assert all(word in " ".join(" ".join(lines).split()) for word in ("12:02:00", "(ErrorCode 231):", "2787"))
