@@ -146,10 +146,12 @@ def timeline_told(timeline: DialTimeline) -> JsonObject:
 _FILTERS = frozenset(
     {
         "since", "until", "last", "account", "tenant", "system", "origin", "outcome", "waiting", "leg",
-        "cause", "number", "number_ends", "limit", "after",
+        "cause", "number", "number_ends", "campaign", "limit", "after",
     }
 )  # fmt: skip
-_WHY_FILTERS = frozenset({"since", "until", "last", "before", "account", "tenant", "system", "origin"})
+_WHY_FILTERS = frozenset(
+    {"since", "until", "last", "before", "account", "tenant", "system", "origin", "campaign"}
+)
 
 WHY_LAST = "1h"
 """The period that `GET /dials/why` explains where none is asked for."""
@@ -340,6 +342,7 @@ class Api:
             tenant=query.texts("tenant"),
             systems=query.several("system", System),
             origin=query.one("origin", Origin),
+            campaigns=query.texts("campaign"),
             outcomes=query.several("outcome", Outcome),
             waiting=query.yes("waiting"),
             leg=query.one("leg", Leg),
@@ -366,6 +369,7 @@ class Api:
             tenant=query.texts("tenant"),
             systems=query.several("system", System),
             origin=query.one("origin", Origin),
+            campaigns=query.texts("campaign"),
         )
         return _json(await asyncio.to_thread(explain, *tallies))
 

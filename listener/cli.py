@@ -536,6 +536,7 @@ def _dials(options: argparse.Namespace) -> int:
             tenant=options.tenant,
             systems=options.system,
             origin=options.origin,
+            campaigns=options.campaign,
             outcomes=options.outcome,
             waiting=True if options.waiting else None,
             leg=options.leg,
@@ -585,6 +586,7 @@ def _dials_why(options: argparse.Namespace) -> int:
             tenant=options.tenant,
             systems=options.system,
             origin=options.origin,
+            campaigns=options.campaign,
         )
 
     why = explain(*_dials_answer(options, ask))
@@ -1241,6 +1243,14 @@ def _dial_questions(command: Callable[..., argparse.ArgumentParser], period: _Ad
         help="gws, noojee or click2dial; may be repeated",
     )
     which.add_argument("--origin", type=_word("Origin"), metavar="WORD", help="placed or overheard")
+    which.add_argument(
+        "--campaign",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="those that were placed for it; may be repeated",
+    )
     which.add_argument("--number", type=_number, help="a whole number, in any spelling")
     which.add_argument("--number-ends", type=_number, metavar="DIGITS", help="the last digits of one")
     which.add_argument(

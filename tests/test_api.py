@@ -72,12 +72,14 @@ async def test_a_dial_from_its_request_to_its_outcome(
     """Each system: asked for, written down, sent, heard, matched and ended; and the list has it."""
     there.noojee.scripts["0383208100"] = "answered"
     there.click2dial.scripts["0820001234"] = "answered"
-    placed = await client.dial(system, **parameters)
+    placed = await client.dial(system, campaign="spring", **parameters)
     assert (placed["state"], placed["origin"]) == ("requested", "placed")
     told = await ended(client, placed["id"])
     assert told["outcome"] == outcome
-    page = await client.dials(system=system, outcome=outcome)
+    page = await client.dials(system=system, outcome=outcome, campaign="spring")
     assert [each["id"] for each in page["dials"]] == [placed["id"]]
+    assert (await client.dials(campaign="autumn"))["dials"] == []
+    assert (await client.why(campaign="spring"))["now"]["dials"] == 1
 
 
 async def _raw(client: Client, method: str, path: str, **options: Any) -> tuple[int, Any]:
@@ -174,7 +176,7 @@ NO_QUESTIONS = [
     *[("id", f"/dials/{value}") for value in NO_TEXT],
     *[
         (name, f"/dials?{name}={value}")
-        for name in ("number", "number_ends", "cause", "account", "tenant", "after")
+        for name in ("number", "number_ends", "cause", "account", "tenant", "campaign", "after")
         for value in NO_TEXT
     ],
     ("after", "/dials?after=zzz"),

@@ -894,7 +894,8 @@ async def test_dials_are_placed_followed_and_told(
     id = states[0].split()[0]
     assert {line.split()[0] for line in states} == {id}
     assert states[-1] == f"{id} answered"
-    assert await run(*click2dial, "0820001235", "--wait", "-o", "json", "--key", "k1") == cli.NEGATIVE
+    spring = ("--key", "k1", "--campaign", "spring")
+    assert await run(*click2dial, "0820001235", "--wait", "-o", "json", *spring) == cli.NEGATIVE
     busy = json.loads(capsys.readouterr().out)
     assert (busy["outcome"], busy["cause"]["code"], busy["key"]) == ("busy", "busy 17", "k1")
     assert await run(*click2dial, "0820001234") == cli.OK
@@ -911,6 +912,10 @@ async def test_dials_are_placed_followed_and_told(
     assert await run("dials", "--cause", "busy 17", "-o", "json") == cli.OK
     page = json.loads(capsys.readouterr().out)
     assert [each["id"] for each in page["dials"]] == [busy["id"]]
+    assert await run("dials", "--campaign", "autumn", "spring", "-o", "json") == cli.OK
+    assert [each["id"] for each in json.loads(capsys.readouterr().out)["dials"]] == [busy["id"]]
+    assert await run("dials", "--why", "--campaign", "autumn") == cli.NEGATIVE
+    assert "Nothing was dialled in this period." in capsys.readouterr().out
     assert await run("dials", busy["id"]) == cli.OK
     told = capsys.readouterr().out
     assert "end_reason busy 17" in told

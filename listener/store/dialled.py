@@ -108,6 +108,7 @@ class DialHistory(History):
         tenant: str | Iterable[str] | None = None,
         systems: Iterable[System] = (),
         origin: Origin | None = None,
+        campaigns: Iterable[str] = (),
         outcomes: Iterable[Outcome] = (),
         waiting: bool | None = None,
         leg: Leg | None = None,
@@ -125,7 +126,7 @@ class DialHistory(History):
         InvalidRequest when `after` is none of ours, and StoreError when the question takes too long.
         """
         chosen = chosen_accounts(accounts, tenant)
-        wanted = _wanted(chosen, since, until, systems, origin)
+        wanted = _wanted(chosen, since, until, systems=systems, origin=origin, campaigns=campaigns)
         if ended := list(outcomes):
             wanted.append(dial.c.outcome.in_(ended))
         if waiting is not None:
@@ -184,6 +185,7 @@ class DialHistory(History):
         tenant: str | Iterable[str] | None = None,
         systems: Iterable[System] = (),
         origin: Origin | None = None,
+        campaigns: Iterable[str] = (),
     ) -> tuple[list[Tally], list[Tally]]:
         """How many dials that were requested in [since, until) were alike, and in [before, since), which is
         as long where no other beginning is given. For `listener.core.why.explain`.
@@ -198,7 +200,8 @@ class DialHistory(History):
             raise InvalidRequest(
                 "since", "leaves no time before it to compare with", "give a later one, or `before` too"
             ) from None
-        wanted = _wanted(chosen_accounts(accounts, tenant), begin, until, systems, origin)
+        chosen = chosen_accounts(accounts, tenant)
+        wanted = _wanted(chosen, begin, until, systems=systems, origin=origin, campaigns=campaigns)
         wanted.append(or_(dial.c.outcome.is_not(None), dial.c.connected_at.is_not(None)))
         failed = dial.c.outcome.in_(sorted(FAILURES))
         alike = (
@@ -276,8 +279,10 @@ def _wanted(
     chosen: ColumnElement[bool],
     since: datetime | None,
     until: datetime | None,
+    *,
     systems: Iterable[System],
     origin: Origin | None,
+    campaigns: Iterable[str],
 ) -> list[ColumnElement[bool]]:
     wanted = [chosen, dial.c.merged_into.is_(None)]
     if since is not None:
@@ -288,6 +293,8 @@ def _wanted(
         wanted.append(dial.c.system.in_(among))
     if origin is not None:
         wanted.append(dial.c.origin == origin)
+    if of := list(campaigns):
+        wanted.append(dial.c.campaign.in_(of))
     return wanted
 
 

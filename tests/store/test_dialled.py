@@ -77,8 +77,8 @@ async def ids(history: DialHistory, **wanted: Any) -> list[str]:
 
 
 async def test_what_is_asked_for_is_found(dials: Dials, history: DialHistory) -> None:
-    """By time, account, tenant, system, origin, outcome, cause, leg and number, newest first."""
-    await have(dials, "busy", CallRecord("busy"), minute=1)
+    """By time, account, tenant, system, origin, campaign, outcome, cause, leg and number, newest first."""
+    await have(dials, "busy", CallRecord("busy"), minute=1, campaign="spring")
     await have(dials, "machine", CallRecord("voicemail"), minute=2, account=2, number="+44 20 7946 0000")
     refused = Refused(Cause(System.NOOJEE, "http", "500"))
     await have(dials, "failed", refused, minute=3, system=System.NOOJEE, number="410")
@@ -95,6 +95,9 @@ async def test_what_is_asked_for_is_found(dials: Dials, history: DialHistory) ->
         "busy",
     ]
     assert await ids(history, origin=Origin.OVERHEARD) == []
+    assert await ids(history, campaigns=["spring", "autumn"]) == ["busy"]
+    now, _ = await history.tallies(at(0), at(9), campaigns=["spring"])
+    assert [(each.campaign, each.dials) for each in now] == [("spring", 1)]
     assert await ids(history, outcomes=[Outcome.BUSY, Outcome.FAILED]) == ["failed", "busy"]
     assert await ids(history, waiting=True) == ["waits"]
     assert await ids(history, waiting=False, outcomes=[Outcome.BUSY]) == ["busy"]
