@@ -24,6 +24,7 @@ import pytest
 from redis.asyncio import Redis
 
 from listener.api import Client
+from listener.core.dialling import REFERENCE_KEY
 from listener.errors import ListenerError, RemoteUnavailable, StoreUnavailable
 from listener.simulator.click2dial import CDR_LIST
 from tests.support.centres import TOKEN, Centres, centres
@@ -68,8 +69,10 @@ class Run:
     there: Centres
     client: Client
     sql: asyncpg.Pool
-    expected: dict[str, Callable[[], set[str]]] = field(default_factory=dict)
-    """By the dial's id: which outcomes are right, known only afterwards."""
+    expected: dict[str, Callable[[str], set[str]]] = field(default_factory=dict)
+    """By the dial's id, and given it: which outcomes are right, known only afterwards."""
+    gws_called: set[str] = field(default_factory=set)
+    """The placed dials that GWS was asked for and carried out."""
     ended: dict[str, str] = field(default_factory=dict)
     """The dials that have, with their numbers."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -89,7 +92,7 @@ class Run:
         while id not in self.ended:
             await self.changed.wait()
 
-    async def place(self, right: Callable[[], set[str]], system: str, **fields: Any) -> None:
+    async def place(self, right: Callable[[str], set[str]], system: str, **fields: Any) -> None:
         """Places a dial, and waits for its end. Whom a busy machine makes wait too long asks again with the
         same key, as he is told."""
         key, dial = uuid4().hex, None
@@ -122,10 +125,10 @@ async def running(
                     following.cancel()
 
 
-def of_noojee(there: Centres, number: str) -> Callable[[], set[str]]:
+def of_noojee(there: Centres, number: str) -> Callable[[str], set[str]]:
     """What the events of the call to that number prove."""
 
-    def right() -> set[str]:
+    def right(_: str) -> set[str]:
         known = [call.known for call in there.noojee.calls if call.number == number]
         assert len(known) <= 1, f"dialled {len(known)} times: {number}"
         return set(known) if known else UNSAID
@@ -133,10 +136,10 @@ def of_noojee(there: Centres, number: str) -> Callable[[], set[str]]:
     return right
 
 
-def of_click2dial(there: Centres, callee: str) -> Callable[[], set[str]]:
+def of_click2dial(there: Centres, callee: str) -> Callable[[str], set[str]]:
     """What the record of the call to that callee proves."""
 
-    def right() -> set[str]:
+    def right(_: str) -> set[str]:
         known = [call.known for call in there.click2dial.calls if call.callee == callee]
         assert len(known) <= 1, f"dialled {len(known)} times: {callee}"
         return set(known) if known else UNSAID
@@ -167,7 +170,12 @@ async def by_click2dial(run: Run, extension: str, callees: list[str]) -> None:
 async def by_gws(run: Run, login: str, endings: list[tuple[str, set[str]]]) -> None:
     """One account of the GWS."""
     for number, right in endings:
-        await run.place(lambda right=right: right, "gws", account=login, number=number)  # type: ignore[misc]
+        await run.place(
+            lambda id, right=right: right if id in run.gws_called else UNSAID,  # type: ignore[misc]
+            "gws",
+            account=login,
+            number=number,
+        )
 
 
 async def overheard(run: Run, login: str, extension: str, numbers: list[str], rng: Random) -> None:
@@ -175,11 +183,11 @@ async def overheard(run: Run, login: str, extension: str, numbers: list[str], rn
     for number in numbers:
         script = rng.choice(("dial_answered", "dial_busy", "dial_not_answered"))
         run.there.gws.gws.dial(login, f"5{number[1:]}", script)
-        run.expected[f"gws {number}"] = lambda script=script: (  # type: ignore[misc]
+        run.expected[f"gws {number}"] = lambda _, script=script: (  # type: ignore[misc]
             {"answered"} if script == "dial_answered" else {"unknown"}
         )
         call = run.there.noojee.call(extension, rng.choice(OVERHEARD_NOOJEE), number)
-        run.expected[f"noojee {number}"] = lambda call=call: {call.known}  # type: ignore[misc]
+        run.expected[f"noojee {number}"] = lambda _, call=call: {call.known}  # type: ignore[misc]
         await until(lambda call=call: call.ended)
         while not {number, f"5{number[1:]}"} <= set(run.ended.values()):
             await run.changed.wait()
@@ -228,13 +236,15 @@ async def test_every_outcome_is_the_scripts_or_unknown(redis_url: str, database:
             for place, (login, extension) in enumerate(zip(theirs, hands, strict=True)):
                 tasks.create_task(overheard(run, login, extension, by_hand[place :: len(theirs)], rng))
         await _all_heard(there, daemon)
+        for call in there.gws.truth().calls:
+            run.gws_called |= {str(value) for key, value in call.user_data if key == REFERENCE_KEY}
         rows = await run.sql.fetch(
             "SELECT id, system, origin, number, outcome, corrected FROM dial WHERE merged_into IS NULL"
         )
         wrong, seen = [], Counter[str]()
         for row in rows:
             name = row["id"] if row["origin"] == "placed" else f"{row['system']} {_by_hand(row['number'])}"
-            right = run.expected[name]() if name in run.expected else set()
+            right = run.expected[name](row["id"]) if name in run.expected else set()
             seen[name] += 1
             if row["outcome"] not in right:
                 told = await _facts(run, row["id"])
