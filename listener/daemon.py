@@ -51,6 +51,11 @@ from listener.store.journal import AccountRow, Journal
 from listener.store.spool import Spool
 from listener.switchboard import GwsWay
 
+LOGINS_AT_ONCE_MAX = 20
+"""Logins to one server in flight; others wait, as with snapshots. At a start every account wants one, and all
+at once they would need the memory of as many HTTP clients, which the process then keeps. Each has its own
+bound in time."""
+
 BROKEN_S = 60.0
 """How long an account rests after something broke in its task that should not."""
 
@@ -221,6 +226,7 @@ class Daemon:
         self._lines: dict[int, Line] = {}
         self._tls: dict[tuple[str | None, bool], ssl.SSLContext] = {}
         self._turn = asyncio.Semaphore(SNAPSHOTS_AT_ONCE_MAX)
+        self._logins: dict[str, asyncio.Semaphore] = {}
         self._starting = "starting"
         self._metrics = Metrics()
         self._eyes = _Eyes(self._metrics, wall, clock)
@@ -546,6 +552,7 @@ class Daemon:
             delivery_bytes_max=settings.limits.delivery_bytes_max,
             owner=f"{account.login} {environment.base_url}",
         )
+        logins = self._logins.setdefault(environment.base_url, asyncio.Semaphore(LOGINS_AT_ONCE_MAX))
         left = [known.saved] if known.saved is not None and resumable(known.saved, endpoint) else []
         genesys = GenesysClient(
             environment.base_url,
@@ -575,7 +582,16 @@ class Daemon:
 
         def line() -> Line:
             saved = left.pop() if left else None  # only for the first: what broke it may be what was saved
-            made = Line(number, endpoint, genesys, watch, saved=saved, clock=self._clock, wall=self._wall)
+            made = Line(
+                number,
+                endpoint,
+                genesys,
+                watch,
+                saved=saved,
+                turn=logins,
+                clock=self._clock,
+                wall=self._wall,
+            )
             made.goodbye = False
             self._lines[number] = made
             watch.carried_by(partial(_give_up, made))

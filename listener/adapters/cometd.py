@@ -32,7 +32,7 @@ import ssl
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from datetime import UTC, datetime
 from http.cookies import Morsel
 from typing import Any, Literal, Protocol
@@ -175,6 +175,10 @@ class _Bell:
             await self._sleeper
 
 
+_NO_TURN = nullcontext()
+"""For a line that logs in whenever it likes."""
+
+
 class Line(Extension):
     """One account's connection. `run` it until it is cancelled.
 
@@ -183,8 +187,36 @@ class Line(Extension):
     what this one told its `hearing` to `keep`, as `saved`, if it is `resumable`. `left` is called when a
     cancelled `run` hears nothing more, before the goodbye: with the moment at which the server was asked for
     the last time, if that is known to have brought all that had been said. `account` is the store's id.
+    `turn` is held during each login: lines that share a semaphore do not all log in at once.
     `clock` is steady seconds, `wall` the time of day; both are parameters so that a test can own them.
     """
+
+    __slots__ = (  # thousands of lines live in one process
+        "_courier",
+        "_emptied",
+        "_http",
+        "_kept",
+        "_leaving",
+        "_odd_position",
+        "_odd_stream",
+        "_outbox",
+        "_outbox_bytes",
+        "_posted",
+        "_transport",
+        "account",
+        "broken",
+        "clock",
+        "credentials",
+        "endpoint",
+        "goodbye",
+        "hearing",
+        "left",
+        "session",
+        "stream",
+        "turn",
+        "wake",
+        "wall",
+    )
 
     def __init__(
         self,
@@ -195,6 +227,7 @@ class Line(Extension):
         *,
         saved: Saved | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        turn: AbstractAsyncContextManager[None] = _NO_TURN,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),  # noqa: TID251 - a shell's default
         jitter: Callable[[], float] = random.random,
@@ -207,6 +240,7 @@ class Line(Extension):
         self.hearing = hearing
         self.clock = clock
         self.wall = wall
+        self.turn = turn
         self.session = Session(now=clock(), jitter=jitter, limits=limits)
         self.wake = _Bell()
         self.stream = str(uuid.uuid4())
@@ -267,7 +301,7 @@ class Line(Extension):
             try:
                 await self._open(types)
                 if self._transport is not None:
-                    await self._transport.ended()
+                    await self._transport.hear()
             except _UpgradeRefused as refusal:
                 log = structlog.get_logger().bind(account=self.account)
                 log.warning("websockets are refused; long-polling instead", reason=str(refusal))
@@ -290,7 +324,6 @@ class Line(Extension):
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(self.session.limits.request_s):
-                await self._transport.halt()
                 await self._outbox_empty()
                 self.left(await self._ask_last(self._transport))
                 if self.goodbye and self.broken is None:
@@ -565,6 +598,10 @@ class _Headers(AuthExtension):
         await self._credentials.login()
 
 
+def _never() -> bool:
+    return False
+
+
 class _UpgradeRefused(Exception):
     """The server, or something before it, refuses websockets; says how."""
 
@@ -580,6 +617,8 @@ class _NoAnswer(Exception):
 class _Shell(Transport):
     """What both transports share: obeying the session, and what aiocometd asks of a `Transport`."""
 
+    __slots__ = ("_auth", "_hears", "_url", "line")
+
     def __init__(
         self,
         *,
@@ -593,7 +632,7 @@ class _Shell(Transport):
         self.line = line
         self._url = url
         self._auth = auth
-        self._loop_task: asyncio.Task[None] | None = None
+        self._hears = False
         line.seat(self)
 
     # What aiocometd reads
@@ -616,7 +655,7 @@ class _Shell(Transport):
     @property
     def state(self) -> TransportState:
         """CONNECTED while an exchange has succeeded lately, CONNECTING while it is tried."""
-        if self._loop_task is None or self._loop_task.done():
+        if not self._hears:
             return TransportState.DISCONNECTED
         return TransportState.CONNECTED if self.line.session.connected else TransportState.CONNECTING
 
@@ -664,12 +703,12 @@ class _Shell(Transport):
         }
 
     async def connect(self) -> dict[str, Any]:
-        """Connects once, then keeps the session in a task of its own until `close`."""
+        """Connects once. The session goes on with `hear`, which the line calls when `Client` has done its
+        work: in its own task, since another one for each of thousands of lines would only be memory."""
         session = self.line.session
         session.use(self.connection_type.value)
         await self._drive(lambda: session.connected)
-        # aiocometd's contract: return after the first connect, and stay connected. `close` ends the task.
-        self._loop_task = asyncio.get_running_loop().create_task(self._drive(lambda: False))
+        self._hears = True
         return {"channel": "/meta/connect", "successful": True}
 
     async def subscribe(self, channel: str) -> dict[str, Any]:
@@ -688,37 +727,24 @@ class _Shell(Transport):
         """A listener says nothing."""
         raise NotImplementedError("a listener does not publish")
 
-    async def ended(self) -> None:
-        """Waits for the loop, which ends only by being cancelled; raises what broke it, a bug of ours."""
-        task = self._loop_task
-        if task is not None:
-            try:
-                await task
-            finally:
-                self._loop_task = None
+    async def hear(self) -> None:
+        """Keeps the session until cancelled; raises what breaks that, a bug of ours."""
+        try:
+            await self._drive(_never)
+        finally:
+            self._hears = False
 
     async def disconnect(self) -> None:
-        """Stops hearing and says goodbye, within the bound of a request."""
-        await self.halt()
+        """Says goodbye, within the bound of a request, when `hear` has ended."""
         self.line.session.goodbye()
         with suppress(TimeoutError):
             async with asyncio.timeout(self.line.session.limits.request_s):
-                await self._drive(lambda: False)
+                await self._drive(_never)
 
     async def close(self) -> None:
-        """Stops at once and releases every socket."""
-        await self.halt()
+        """Releases every socket, when `hear` has ended."""
+        self._hears = False
         await self._drop()
-
-    async def halt(self) -> None:
-        """Stops hearing; raises what had broken the loop before."""
-        task, self._loop_task = self._loop_task, None
-        if task is not None:
-            task.cancel()
-            # Not awaited by itself: a cancellation of ours would be taken for the task's.
-            await asyncio.wait({task})
-            if not task.cancelled():
-                task.result()
 
     # How the session is obeyed
 
@@ -771,7 +797,7 @@ class _Shell(Transport):
         return headers
 
     async def ask_once(self, send: Send) -> None:
-        """One exchange more after `halt`, on a new connection. What it delivers is told, and nothing else:
+        """One exchange more after `hear`, on a new connection. What it delivers is told, and nothing else:
         what goes wrong now is for the next start to find. Raises as `_ask`, and ValueError."""
         session = self.line.session
         await self._drop()
@@ -796,7 +822,8 @@ class _Shell(Transport):
     async def _login(self) -> None:
         line = self.line
         try:
-            await line.credentials.login()
+            async with line.turn:
+                await line.credentials.login()
         except LoginRefused as error:
             await line.tell(line.session.login_refused(str(error), line.clock()))
         except RemoteError as error:
@@ -849,6 +876,8 @@ class _Noticed(aiohttp.BytesPayload):
 @register_transport(ConnectionType.LONG_POLLING)
 class LongPolling(_Shell):
     """One POST an exchange; a connect is held by the server until there is something to say."""
+
+    __slots__ = ()
 
     async def _ask(self, send: Send, headers: dict[str, str]) -> bytes:
         return await self._post(msgspec.json.encode(send.messages), headers)
@@ -906,6 +935,8 @@ def _refusal(response: aiohttp.ClientResponse, url: str) -> _NoAnswer:
 @register_transport(ConnectionType.WEBSOCKET)
 class WebSocket(_Shell):
     """One connection that stays; frames also come unasked, so a frame is awaited at all times."""
+
+    __slots__ = ("_frame", "_refusals", "_socket")
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

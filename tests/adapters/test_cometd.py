@@ -212,11 +212,15 @@ class Login:
         self.refuses = refuses
         self.away = 0
         self.logins = 0
+        self.slow: asyncio.Event | None = None
+        """If given, a login waits for it."""
         self._headers: dict[str, str] = {}
 
     async def login(self) -> None:
         """Part of `Credentials`."""
         self.logins += 1
+        if self.slow is not None:
+            await self.slow.wait()
         if self.logins <= self.refuses:
             raise LoginRefused("wrong password; give the right one")
         if self.logins <= self.away:
@@ -237,12 +241,15 @@ async def listening(
     limits: Limits = LIMITS,
     goodbye: bool = True,
     saved: Saved | None = None,
+    turn: asyncio.Semaphore | None = None,
     **endpoint: Any,
 ) -> AsyncIterator[Line]:
     """A line that runs while the block does; what breaks it breaks the test."""
     where = Endpoint(url, **{"channels": (CALLS,), **endpoint})
     line = Line(1, where, login or Login(), store, saved=saved, limits=limits, jitter=lambda: 1.0)
     line.goodbye = goodbye
+    if turn is not None:
+        line.turn = turn
     running = asyncio.get_running_loop().create_task(line.run())
     try:
         yield line
@@ -1652,6 +1659,25 @@ async def test_login_comes_first_where_the_server_wants_it(cometd_peer: CometdFa
         pass
     assert login.logins == 1
     assert (await peer.stats())["handshakes"] == 1
+
+
+async def test_lines_that_share_a_turn_log_in_one_after_the_other(cometd_peer: CometdFactory) -> None:
+    """A login that takes long, or is refused, holds up the next one until it has ended, and no longer."""
+    peer = await cometd_peer(**SERVER)
+    turn = asyncio.Semaphore(1)
+    first, second = Login(refuses=1), Login()
+    first.slow = asyncio.Event()
+    how: dict[str, Any] = {"login_first": True, "turn": turn}
+    one, two = Store(), Store()
+    async with listening(peer.url, one, first, **how):
+        await until(lambda: first.logins == 1)
+        async with listening(peer.url, two, second, **how):
+            await until(lambda: bool(turn._waiters))
+            assert second.logins == 0
+            first.slow.set()
+            await two.until_told(Subscribed)
+            await one.until_told(Subscribed)
+    assert (first.logins, second.logins) == (2, 1)
 
 
 async def test_a_login_that_is_refused_is_tried_ever_more_slowly(cometd_peer: CometdFactory) -> None:
