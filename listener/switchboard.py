@@ -304,6 +304,8 @@ class Switchboard:
             )
         asked = _converted({name: value for name, value in fields.items() if name in _OURS}, _Asked)
         own = {name: value for name, value in fields.items() if name not in _OURS}
+        if asked.system == PREVIEW and "message" in own:
+            own = _from_message(own)
         request: JsonObject = {**structs.asdict(asked), **own}
         # First of all: what this request needs may be forgotten, or forbidden, since it was carried out.
         if key is not None and (before := await self._written.keyed(key)) is not None:
@@ -440,18 +442,6 @@ class Switchboard:
     def _by_preview(self, asked: _Asked, own: JsonObject) -> _Ready:
         way = self._gws_way(asked)
         own = {name: value for name, value in own.items() if name != _HANDLE}
-        message = own.pop("message", None)
-        if message is not None:
-            device = own.pop("devicePath", None)
-            if own or not isinstance(device, str | None):
-                raise InvalidRequest(
-                    "message", "is the whole request", "give devicePath beside it, or nothing"
-                )
-            if not isinstance(message, dict):
-                raise InvalidRequest("message", "is no JSON object", "give the message as it was heard")
-            own["outboundRecord"] = preview_dial(message).outbound_record
-            if device is not None:
-                own["devicePath"] = device
         request = _converted(own, GwsPreviewDial)
         caller_id = request.outbound_record.get("outboundCallerId")
         return _Ready(
@@ -467,7 +457,7 @@ class Switchboard:
     async def _heard_record(self, asked: _Asked, own: JsonObject) -> JsonObject:
         """The request with the outbound record that was heard with its handle. Raises as `place`."""
         way, handle = self._gws_way(asked), own[_HANDLE]
-        if not {"outboundRecord", "message"}.isdisjoint(own):
+        if "outboundRecord" in own:
             raise InvalidRequest(_HANDLE, "stands beside a record that has one", "give one of them")
         for raw in await self._written.previews(way.account, self._wall() - timedelta(seconds=PREVIEW_S_MAX)):
             try:
@@ -592,6 +582,18 @@ class Switchboard:
         answered(said)
         if hung_up is not None:
             await self._hung_up(way, hung_up.exten_or_unique_id, asked_at)
+
+
+def _from_message(own: JsonObject) -> JsonObject:
+    """The parameters of a preview dial, with the record that their message brought. Raises
+    `InvalidRequest`."""
+    message, device = own["message"], own.get("devicePath")
+    if not own.keys() <= {"message", "devicePath"} or not isinstance(device, str | None):
+        raise InvalidRequest("message", "is the whole request", "give devicePath beside it, or nothing")
+    if not isinstance(message, dict):
+        raise InvalidRequest("message", "is no JSON object", "give the message as it was heard")
+    record = preview_dial(message).outbound_record
+    return {"outboundRecord": record} if device is None else {"outboundRecord": record, "devicePath": device}
 
 
 def _without_record(request: JsonObject) -> JsonObject:
