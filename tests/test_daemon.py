@@ -472,7 +472,7 @@ class Stumbling:
     def __call__(self) -> datetime:
         """The time of day."""
         task = asyncio.current_task()
-        if self.stumbles and task is not None and "_drive" in repr(task.get_coro()):
+        if self.stumbles and task is not None and "Daemon._keep" in repr(task.get_coro()):
             self.stumbles -= 1
             raise ZeroDivisionError("a defect that a test put there")
         return datetime.now(UTC)  # noqa: TID251 - this is a clock
