@@ -59,6 +59,10 @@ SETTLED_TRIPS = 5
 took where that is longer, nothing that was said before it is under way any more: the server holds a connect,
 and would have answered it. A busy server, or a busy listener, is late with either."""
 
+SETTLED_LISTED_TIMES = 8
+"""So many times as long a silence is waited for where the snapshot that is to be stored lists calls: then
+more is at stake, and what is under way may be about one of them."""
+
 LEDGER_RETRY_S = 0.5
 LEDGER_RETRY_S_MAX = 5.0
 
@@ -482,7 +486,7 @@ class Watch:
         decoded = decode(reply.raw, self._snapshot_channel)
         if not isinstance(decoded, Snapshot) or not decoded.complete:
             raise RemoteUnavailable(f"the answer does not list all calls ({len(reply.raw)} bytes)")
-        await self._caught_up(reply)
+        await self._caught_up(reply, self._settled_s)
         taken = self._undurable[-1] if self._undurable else None
         while taken is not None and any(each is taken for each in self._undurable):
             await self._pause(self._settled_s)
@@ -636,8 +640,8 @@ class Watch:
 
     async def _close_gap(self, snapshot: Callable[[], Awaitable[Reply]]) -> None:
         """Stores what is live now; then nothing that happened before the subscription is in doubt."""
-        reply = await self._ask(snapshot)
-        await self._caught_up(reply)
+        reply, live = await self._ask(snapshot)
+        await self._caught_up(reply, self._settled_s * (SETTLED_LISTED_TIMES if live.calls else 1))
         heard = self._as_heard(reply)
         stored = asyncio.Event()
         await self._pipeline.hear([heard], stored.set)
@@ -658,7 +662,7 @@ class Watch:
             asked_at=reply.asked_at,
         )
 
-    async def _ask(self, snapshot: Callable[[], Awaitable[Reply]]) -> Reply:
+    async def _ask(self, snapshot: Callable[[], Awaitable[Reply]]) -> tuple[Reply, Snapshot]:
         """A reply that lists all live calls, however often it must be asked for."""
         wait_s, most_s = SNAPSHOT_RETRY_S, SNAPSHOT_RETRY_S_MAX
         while True:
@@ -677,15 +681,16 @@ class Watch:
             else:
                 decoded = decode(reply.raw, self._snapshot_channel)
                 if isinstance(decoded, Snapshot) and decoded.complete:
-                    return reply
+                    return reply, decoded
                 why = f"the answer does not list all calls ({len(reply.raw)} bytes)"
             self._log.warning("snapshot failed", error=why, retry_s=wait_s)
             self.trouble = f"no snapshot of the live calls: {why}"
             await self._pause(wait_s)
             wait_s = min(wait_s * 2, most_s)
 
-    async def _caught_up(self, reply: Reply) -> None:
-        """Waits until the session has heard everything that was said before a reply, which has just come.
+    async def _caught_up(self, reply: Reply, settled_s: float) -> None:
+        """Waits until the session has heard everything that was said before a reply, which has just come; a
+        silence shows that if it lasts `settled_s`.
 
         A snapshot that overtook messages in the session's queue would show a state first and how it came
         about afterwards: calls that are held twice, or that begin in the middle. Heard in this order, what
@@ -693,7 +698,7 @@ class Watch:
         """
         before = self._answers
         took_s = (reply.received_at - reply.asked_at).total_seconds()
-        settled_s = max(self._settled_s, SETTLED_TRIPS * took_s)
+        settled_s = max(settled_s, SETTLED_TRIPS * took_s)
         while True:
             seen = self._answers
             await self._pause(settled_s)

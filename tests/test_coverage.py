@@ -37,6 +37,7 @@ from listener.coverage import (
     HELD_S,
     LEDGER_RETRY_S,
     LEDGER_RETRY_S_MAX,
+    SETTLED_LISTED_TIMES,
     SETTLED_S,
     SETTLED_TRIPS,
     SNAPSHOT_RETRY_S,
@@ -865,6 +866,24 @@ async def test_a_snapshot_that_took_long_waits_for_a_longer_silence(stage: Stage
     await stage.settled()
     for _ in range(2 * SETTLED_TRIPS):
         await stage.clock.advance(1.0)
+    await until(lambda: one.watch.state == "up")
+    assert await stored_in_order(stage) == ["cometd", "snapshot"]
+
+
+async def test_a_snapshot_that_lists_calls_waits_for_a_longer_silence(stage: Stage) -> None:
+    """What is under way may be how they began."""
+    one = stage.watch(settled_s=SETTLED_S)
+    stage.rest.answers = [b'{"statusCode":0,"calls":[{"id":"1","state":"Held"}]}']
+    one.tell(SHAKEN, Subscribed())
+    await turns()
+    for _ in range(SETTLED_LISTED_TIMES - 1):
+        await stage.clock.advance(SETTLED_S)
+    assert await stored_in_order(stage) == []
+    await one.hear(1)
+    one.answered(took=True)
+    await stage.settled()
+    for _ in range(2 * SETTLED_LISTED_TIMES):
+        await stage.clock.advance(SETTLED_S)
     await until(lambda: one.watch.state == "up")
     assert await stored_in_order(stage) == ["cometd", "snapshot"]
 
