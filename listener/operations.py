@@ -110,7 +110,7 @@ class Operations:
     ) -> web.StreamResponse:
         if self._token is not None and request.path != "/-/healthy":
             given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self._token.encode()):
+            if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token.encode()):
                 return web.Response(
                     status=401, text="a bearer token is needed\n", headers={"WWW-Authenticate": "Bearer"}
                 )

@@ -74,6 +74,19 @@ async def test_a_token_guards_all_but_health() -> None:
         assert (await _get(pages.port, "/-/healthy"))[0] == 200
 
 
+async def test_a_token_that_is_no_text_is_a_wrong_one() -> None:
+    """Bytes that are no UTF-8, or half a surrogate pair, break nothing."""
+    async with Operations(metrics=Metrics().handler(), not_ready=list, token="s3cret") as pages:
+        for token in (b"\xff", b"\xed\xa0\x80"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", pages.port)
+            writer.write(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n")
+            writer.write(b"Authorization: Bearer " + token + b"\r\n\r\n")
+            async with asyncio.timeout(5):
+                assert (await reader.read()).split(b" ")[1] == b"401"
+            writer.close()
+            await writer.wait_closed()
+
+
 async def test_a_taken_port_is_a_settings_error() -> None:
     """When somebody else listens there, the message names the settings and the cure."""
     with socket.socket() as other:
