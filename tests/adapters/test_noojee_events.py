@@ -640,6 +640,7 @@ async def test_a_dial_ends_as_its_events_prove(script: str) -> None:
     ears = Ears()
     async with NoojeeServer(scripts={NUMBER: script}, time_scale=FAST) as server:
         async with hearing(events_of(server.url, ears), "204"):
+            await until(lambda: "" in ears.causes)
             await dial(server)
             await server.idle()
             await until(lambda: len(ears.statuses()) == len(server.calls[0].statuses))

@@ -42,7 +42,7 @@ async def clients() -> AsyncIterator[Callable[..., BayeuxClient]]:
         yield make
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Wait until it holds; TimeoutError when it does not in time."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
