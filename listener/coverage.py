@@ -64,7 +64,8 @@ SETTLED_LISTED_TIMES = 8
 more is at stake, and what is under way may be about one of them."""
 
 LEDGER_RETRY_S = 0.5
-LEDGER_RETRY_S_MAX = 5.0
+LEDGER_RETRY_S_MAX = 1.0
+"""Between attempts to write while the store is away."""
 
 COVERS_MAX = 4096
 """Covers written in one transaction."""
@@ -223,13 +224,17 @@ class Ledger:
             self._written.set()
 
     async def _beat(self) -> None:
+        wait_s = HEARTBEAT_S
         while True:
-            await self._pause(HEARTBEAT_S)
+            await self._pause(wait_s)
+            wait_s = HEARTBEAT_S
             if not self._written.is_set():
                 continue  # an end that is not written yet would be overtaken
             for at, accounts in self._vouched():
                 if not await self._stored(self._journal.heartbeat(accounts, at)):
-                    break  # the next beat comes
+                    # Soon again, or the store would seem to be away for longer than it is.
+                    wait_s = LEDGER_RETRY_S_MAX
+                    break
 
     def _vouched(self) -> list[tuple[datetime, list[int]]]:
         """The observed accounts by the moment until which they are known to be."""

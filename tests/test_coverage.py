@@ -1199,8 +1199,7 @@ async def test_coverage_waits_for_a_store_that_is_away_and_keeps_its_order() -> 
         available = [ledger.available]
         ledger.cover(told[2])
         await clock.advance(30)
-        waits = clock.pauses_s[1:6]
-        assert waits == [LEDGER_RETRY_S * 2**n for n in range(4)] + [LEDGER_RETRY_S_MAX]
+        assert clock.pauses_s[1:4] == [LEDGER_RETRY_S, 2 * LEDGER_RETRY_S, LEDGER_RETRY_S_MAX]
         memory.available = True
         await clock.advance(10)
         await ledger.drain()
@@ -1220,9 +1219,9 @@ async def test_a_heartbeat_that_fails_says_that_the_store_is_away() -> None:
         await clock.advance(HEARTBEAT_S)
         available = [ledger.available]
         memory.available = True
-        await clock.advance(HEARTBEAT_S)
+        await clock.advance(LEDGER_RETRY_S_MAX)
         available.append(ledger.available)
-    assert memory.beats == [(frozenset({1}), clock.wall())]
+    assert [accounts for accounts, _ in memory.beats] == [frozenset({1})]
     assert available == [False, True]
 
 

@@ -56,6 +56,9 @@ START_S_MAX = 60
 LOCK_S_MAX = START_S_MAX + 30
 """How long to wait for another process that is starting or stopping the same server."""
 
+DYING_S_MAX = 5
+"""How long the remains of a server that was killed may take to see that it is dead, and to end."""
+
 LOG_BYTES_MAX = 16 * 1024 * 1024
 """At a start, a server log longer than this becomes `log.1`, whose predecessor is dropped."""
 
@@ -324,10 +327,11 @@ class Embedded:
         """
         if not Path("/proc/self/cwd").exists():
             return
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if (process / "cwd").readlink() == data:
-                    return
+        deadline = time.monotonic() + DYING_S_MAX
+        while _in_use(data):
+            if time.monotonic() > deadline:
+                return  # PostgreSQL will say who it is
+            time.sleep(0.02)
         (data / "postmaster.pid").unlink(missing_ok=True)
         for name in self._socket_directory().glob(".s.PGSQL.*"):
             name.unlink()
@@ -386,6 +390,15 @@ class Embedded:
 
 
 # ── accounts and places ───────────────────────────────────────────────────────────────────────────────
+
+
+def _in_use(data: Path) -> bool:
+    """Whether a process works in that directory."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").readlink() == data:
+                return True
+    return False
 
 
 class _Programs(NamedTuple):
