@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from uuid import uuid4
 
 import pytest
+import structlog
 
 from tests.support.database import database, empty_database, journal, postgres, sql, template
 from tests.support.leftovers import UNHEARD, Before, tasks_left
@@ -43,6 +44,20 @@ def own_state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
     before it is needed."""
     monkeypatch.delenv("STATE_DIRECTORY", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / uuid4().hex))
+
+
+@pytest.fixture(autouse=True)
+def plain_tracebacks() -> None:
+    """What a test's listener logs. Left alone, structlog draws a traceback with all local variables, which
+    stops the loop for seconds where the machine is busy."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+        ]
+    )
 
 
 _LEFT = pytest.StashKey[list[str]]()
