@@ -286,11 +286,13 @@ class Line(Extension):
             raise
         finally:
             courier = self._courier
-            if courier is not None:
-                courier.cancel()
-                await asyncio.wait({courier})
-            if self._transport is not None:
-                await self._transport.close()
+            try:
+                if courier is not None:
+                    courier.cancel()
+                    await asyncio.wait({courier})
+            finally:  # who stops us twice, as a stop during a reload does, does not wait for the courier
+                if self._transport is not None:
+                    await self._transport.close()
 
     async def _listen(self) -> None:
         """Hears for ever, by the transport that works."""

@@ -1057,6 +1057,40 @@ async def test_goodbye_is_not_said_when_the_session_is_to_be_resumed(cometd_peer
     assert len(await peer.sessions()) == 1
 
 
+async def test_who_is_stopped_more_than_once_leaves_no_connection(cometd_peer: CometdFactory) -> None:
+    """A stop during a reload cancels a line again while it leaves: its sockets are closed all the same."""
+
+    class Unyielding(Store):
+        async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
+            taking.set()
+            try:
+                await super().hear(heard, committed)
+            except asyncio.CancelledError:
+                cancelled.set()
+                await let_go.wait()
+                raise
+
+    taking, cancelled, let_go = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    peer = await cometd_peer(**SERVER)
+    store = Unyielding()
+    store.room.clear()
+    async with subscribed(peer.url, store) as line:
+        (running,) = {
+            task for task in asyncio.all_tasks() if getattr(task.get_coro(), "__name__", "") == "run"
+        }
+        await says(peer, 1)
+        await taking.wait()
+        running.cancel()
+        await asyncio.sleep(0)
+        running.cancel()
+        await cancelled.wait()
+        running.cancel()
+        await asyncio.sleep(0)
+        let_go.set()
+        await asyncio.wait({running})
+        assert line._http is None
+
+
 # ── The last ask ──────────────────────────────────────────────────────────────────────────────────────
 
 
