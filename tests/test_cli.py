@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import termios
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from listener.errors import (
     SettingsError,
     StoreUnavailable,
 )
+from listener.store.claim import Claim
 from listener.store.journal import AccountRow, Journal
 from listener.store.spool import Spool
 from tests.support.centres import Centres, centres
@@ -623,10 +624,14 @@ async def _remember(dsn: str, *messages: bytes) -> None:
 
 
 @pytest.fixture
-def remembered(database: str) -> list[str]:
-    """The flags that name a database in which one call of agent5001 with 5002 is stored."""
-    asyncio.run(_remember(database, _said("Dialing"), _said("Established"), _said("Released", "[]")))
-    return ["--set", f"store.dsn={database}"]
+def remembered(database: str) -> Iterator[list[str]]:
+    """The flags that name a database in which one call of agent5001 with 5002 is stored, and which a listener
+    has claimed."""
+    with asyncio.Runner() as runner:
+        runner.run(_remember(database, _said("Dialing"), _said("Established"), _said("Released", "[]")))
+        claim = runner.run(Claim.take(database))
+        yield ["--set", f"store.dsn={database}"]
+        runner.run(claim.release())
 
 
 def test_the_calls_to_a_number_and_who_was_on_them(

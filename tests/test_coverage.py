@@ -48,6 +48,7 @@ from listener.coverage import (
 )
 from listener.errors import LoginRefused, RemoteUnavailable, StoreUnavailable
 from listener.pipeline import Pipeline
+from listener.store.claim import Claim
 from listener.store.history import SILENT_S_MAX, History
 from listener.store.journal import Journal
 from tests.support.clock import BEGAN_AT, Clock, turns
@@ -1337,9 +1338,11 @@ async def test_the_answers_about_coverage_agree_with_what_was_told(stage: Stage,
         "ada": [Row(0, 10, "not started"), Row(10, 25, ""), Row(25, 40, "session lost"), Row(40, now_s, "")],
         "bob": [Row(0, 10, "not started"), Row(10, now_s, "")],
     }
+    claim = await Claim.take(database)
     async with History(database, clock=stage.clock.wall) as history:
         answer = await history.coverage()
         alone = await history.coverage(accounts=["ada"], since=stage.at(20), until=stage.at(50))
+    await claim.release()
     found: dict[str, list[Row]] = {"ada": [], "bob": []}
     for stretch in answer.stretches:
         since_s, until_s = stage._seconds(stretch.since), stage._seconds(stretch.until)

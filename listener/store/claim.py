@@ -24,11 +24,17 @@ TAKE_S_MAX = 5.0
 TAKE_RETRY_S = 0.2
 """How long a claim waits for one whose holder has just been killed, and between two looks."""
 
-_WHO = """
-    SELECT a.application_name FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
-    WHERE l.locktype = 'advisory' AND l.granted AND l.database = (
+_HELD = f"""l.locktype = 'advisory' AND l.granted AND l.database = (
         SELECT oid FROM pg_database WHERE datname = current_database())
-    AND l.classid = ($1::bigint >> 32)::oid AND l.objid = ($1::bigint & 4294967295)::oid"""
+    AND l.classid = {LOCK >> 32} AND l.objid = {LOCK & 0xFFFF_FFFF}"""  # noqa: S608 - text of this module
+"""Of a row `l` of pg_locks."""
+
+IS_HELD = f"EXISTS (SELECT FROM pg_locks l WHERE {_HELD})"
+"""A condition in SQL: a listener runs on this database. Any role may ask."""
+
+_WHO = f"""
+    SELECT a.application_name FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+    WHERE {_HELD}"""  # noqa: S608 - text of this module
 
 
 class Claim:
@@ -71,7 +77,7 @@ class Claim:
                     waited_s += TAKE_RETRY_S
                 else:
                     return cls(connection)
-                holder = await connection.fetchval(_WHO, LOCK) or "a process of another database user"
+                holder = await connection.fetchval(_WHO) or "a process of another database user"
             except BaseException:
                 connection.terminate()
                 raise

@@ -6,8 +6,9 @@ before ended and not by counting, so that the thousandth costs what the first di
 
 An answer about calls carries the share of the asked time that was observed, because "no call" and "nobody
 watched" are different answers. An account that is said to be observed counts as such only as long as its
-daemon goes on saying so: after `SILENT_S_MAX` without a heartbeat it counts as "not started". It is asked for
-nothing before it was added and after it was removed.
+daemon goes on saying so: when no daemon holds the claim on the database any more, or after `SILENT_S_MAX`
+without a heartbeat, it counts as "not started" from the last heartbeat on. It is asked for nothing before it
+was added and after it was removed.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ from sqlalchemy import (
     literal,
     or_,
     select,
+    text,
     true,
     tuple_,
     union,
@@ -39,6 +41,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from listener.core.calls import Call, Direction, Source
 from listener.errors import StoreError
+from listener.store.claim import IS_HELD
 from listener.store.connect import classified, engine, microseconds, moment
 from listener.store.ledger import NOT_STARTED, OBSERVED
 from listener.store.schema import (
@@ -76,7 +79,7 @@ GAPS_MAX = 50_000
 SILENT_S_MAX = 90
 """A heartbeat comes every ten seconds and vouches for what was said before the server's last answer was asked
 for: two long polls of CometD's default, thirty seconds each, may lie between. Without one for so long, nobody
-can say that the daemon listens."""
+can say that the daemon listens, although its claim is held (`listener.store.claim`)."""
 
 
 class Found(Struct, frozen=True):
@@ -646,11 +649,12 @@ class History:
         stopped, it ended with the last of them, as the next start of a daemon will write it down."""
         now = self._clock()
         silent = and_(
-            coverage.c.cause == OBSERVED, coverage.c.seen_at < now - timedelta(seconds=SILENT_S_MAX)
+            coverage.c.cause == OBSERVED,
+            or_(coverage.c.seen_at < now - timedelta(seconds=SILENT_S_MAX), text(f"NOT {IS_HELD}")),
         )
         return case(
             (coverage.c.until.is_not(None), coverage.c.until),
-            (silent, coverage.c.seen_at),
+            (silent, func.coalesce(coverage.c.seen_at, coverage.c.since)),
             else_=now,
         )
 

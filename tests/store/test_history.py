@@ -1,5 +1,6 @@
 """The questions: which calls, what happened on one, and how much of it anybody could have seen."""
 
+import asyncio
 import hashlib
 import re
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ from sqlalchemy import event
 from listener.core.calls import Cover, Direction, Entry, Source
 from listener.errors import SchemaOutdated, StoreError
 from listener.store import history as module
+from listener.store.claim import Claim
 from listener.store.history import Account, Gap, History, Present, assess
 from listener.store.journal import AccountRow, Journal
 from tests.core import messages
@@ -41,8 +43,20 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def history(database: str, clock: Clock) -> AsyncIterator[History]:
-    """The questions, to this test's database."""
+async def claim(database: str) -> AsyncIterator[Claim]:
+    """What a listener holds that runs."""
+    taken = await Claim.take(database)
+    yield taken
+    await taken.release()
+
+
+@pytest.fixture
+async def history(
+    database: str,
+    clock: Clock,
+    claim: Claim,
+) -> AsyncIterator[History]:
+    """The questions, to this test's database, on which a listener runs."""
     async with History(database, clock=clock) as opened:
         yield opened
 
@@ -461,6 +475,29 @@ async def test_silence_is_not_observation(journal: Journal, history: History, cl
         (at(100), at(1000), "not started"),
     ]
     assert (await history.calls(since=at(0), accounts=["ada"])).observed == pytest.approx(0.1)
+
+
+async def test_without_a_listener_silence_begins_at_once(
+    journal: Journal, history: History, claim: Claim, clock: Clock, sql: asyncpg.Connection
+) -> None:
+    """A daemon that is killed loses its claim, and nobody has to wait until it has been silent for long."""
+    await added(sql, ada=0, bob=0)
+    await journal.cover([Cover(1, at(0)), Cover(2, at(0))])
+    await journal.heartbeat([1], at(10))
+    clock.now = at(20)
+    assert (await history.coverage(since=at(0))).total.percent == 100
+
+    await claim.release()
+
+    async with asyncio.timeout(10):
+        while (told := await history.coverage(since=at(0), accounts=["ada"])).total.percent == 100:
+            pass
+    assert [(s.since, s.until, s.cause) for s in told.stretches] == [
+        (at(0), at(10), ""),
+        (at(10), at(20), "not started"),
+    ]
+    assert (await history.coverage(since=at(0), accounts=["bob"])).total.percent == 0
+    assert (await history.calls(since=at(0))).observed == pytest.approx(0.25)
 
 
 async def test_no_call_and_nobody_listening_are_different_answers(
