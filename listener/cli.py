@@ -643,9 +643,15 @@ def _dial(options: argparse.Namespace) -> int:
     if options.output == "json":
         _print_json(dial)
     elif not options.wait:
-        print(f"{dial['id']} {dial['outcome'] or dial['state']} {dial['cause_text']}".rstrip())
-    failed = dial["outcome"] is not None and dial["outcome"] not in ("answered", "machine")
-    return NEGATIVE if failed else OK
+        print(_dial_line(dial))
+    if dial["outcome"] is None:
+        # Who waited wants to know whether somebody answered; nobody had, or it would be connected.
+        return NEGATIVE if options.wait and dial["state"] != "connected" else OK
+    return OK if dial["outcome"] in ("answered", "machine") else NEGATIVE
+
+
+def _dial_line(dial: dict[str, Any]) -> str:
+    return f"{dial['id']} {dial['outcome'] or dial['state']} {dial['cause_text']}".rstrip()
 
 
 async def _followed(client: "Client", dial: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -654,10 +660,10 @@ async def _followed(client: "Client", dial: dict[str, Any], options: argparse.Na
     try:
         async with asyncio.timeout(options.wait_s if options.wait else ACKNOWLEDGED_S):
             async for last in client.follow(dial["id"]):
-                state = f"{last['outcome'] or last['state']} {last['cause_text']}".rstrip()
-                if options.wait and options.output == "table" and state != shown:
-                    print(f"{last['id']} {state}", flush=True)
-                    shown = state
+                line = _dial_line(last)
+                if options.wait and options.output == "table" and line != shown:
+                    print(line, flush=True)
+                    shown = line
                 if not options.wait and last["state"] != "requested":
                     break
     except TimeoutError:
@@ -691,7 +697,7 @@ def _control(options: argparse.Namespace) -> int:
     async def asked() -> None:
         async with _client(_settings(options)) as client:
             if options.action == "hangup" and options.id is not None:
-                await client.hang_up(options.id)
+                print(_dial_line(await client.hang_up(options.id)))
             else:
                 await client.control(options.action, environment=options.environment, **_parameters(options))
 
@@ -1265,8 +1271,9 @@ _THROUGH = (
     "end is heard, and only where they say dials = true.\n\n"
 )
 _DIAL_CODES = (
-    "exit codes: 0 it was accepted or, with --wait, answered; 1 it failed, or there is no such account;\n"
-    "2 wrong usage or settings; 3 the database does not answer, nothing was sent; 4 no listener answers\n\n"
+    "exit codes: 0 it was accepted or, with --wait, answered; 1 it failed, was not answered while that was\n"
+    "waited for, or there is no such account; 2 wrong usage or settings; 3 the database does not answer,\n"
+    "nothing was sent; 4 no listener answers\n\n"
 )
 
 

@@ -976,6 +976,32 @@ async def test_what_a_dial_is_refused_for_is_said(
     assert there.click2dial.calls == []
 
 
+async def test_who_waits_is_told_that_nobody_answered_so_far(
+    dialling: tuple[Centres, Callable[..., Awaitable[int]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That is no success, and says where to look later."""
+    there, run = dialling
+    there.noojee.scripts["0383208100"] = "silent"
+    noojee = ("dial", "noojee", "--exten-or-unique-id", "SIP/101", "--wait", "--wait-s")
+    assert await run(*noojee, "0.5", "0383208100") == cli.NEGATIVE
+    said = capsys.readouterr()
+    assert "no end so far" in said.err
+    id = said.out.split()[0]
+    assert await run("dial", "hangup", id) == cli.NEGATIVE
+    assert "was not heard yet" in capsys.readouterr().err
+
+
+async def test_a_hang_up_says_how_the_dial_stands(
+    dialling: tuple[Centres, Callable[..., Awaitable[int]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one that is over its outcome, which nothing changes any more."""
+    _, run = dialling
+    assert await run("dial", "gws", "--by", "agent5000", "5001", "--wait") == cli.OK
+    id = capsys.readouterr().out.split()[0]
+    assert await run("dial", "hangup", id) == cli.OK
+    assert capsys.readouterr().out == f"{id} answered\n"
+
+
 async def test_a_call_of_noojees_is_recorded_answered_and_hung_up(
     dialling: tuple[Centres, Callable[..., Awaitable[int]]],
 ) -> None:
