@@ -667,10 +667,9 @@ class History:
     ) -> tuple[datetime, datetime]:
         """The asked time as far as anything can be known of it: not before we came, and not the future."""
         end = min(until, self._clock()) if until is not None else self._clock()
-        if since is None:
-            first = select(func.min(_existed_since())).where(chosen)
-            since = (await connection.execute(first)).scalar() or end
-        return min(since, end), end
+        first = (await connection.execute(select(func.min(_existed_since())).where(chosen))).scalar()
+        begin = max((each for each in (since, first) if each is not None), default=end)
+        return min(begin, end), end
 
     async def _observed(
         self, connection: AsyncConnection, chosen: ColumnElement[bool], begin: datetime, end: datetime

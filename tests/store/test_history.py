@@ -536,6 +536,18 @@ async def test_without_a_beginning_the_answer_is_about_the_time_since_we_came(
     assert page.observed == pytest.approx(300 / 400)
 
 
+async def test_an_answer_is_about_no_time_before_we_came(
+    journal: Journal, history: History, clock: Clock, sql: asyncpg.Connection
+) -> None:
+    """Asked for an hour, ten minutes after the first account was added: the share is of those ten minutes, and
+    the answer says so."""
+    await added(sql, ada=3000)
+    await journal.cover([Cover(1, at(3000)), Cover(1, at(3300), "stopped")])
+    clock.now = at(3600)
+    page = await history.calls(since=at(0))
+    assert (page.since, page.until, page.observed) == (at(3000), at(3600), pytest.approx(0.5))
+
+
 async def test_a_retired_account_counts_until_it_went(
     journal: Journal, history: History, clock: Clock
 ) -> None:
