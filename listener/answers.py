@@ -441,7 +441,8 @@ def _show_rest(coverage: Coverage, out: Console) -> None:
     how = [f"{count} {escape(cause) or 'observed'}" for cause, count in coverage.last.items()]
     out.print(f"{when}: {', '.join(how) or 'all removed'}")
     to_come = "; the rest is still to come" if coverage.asked_until > coverage.until else ""
-    out.print(_observed(coverage.observed, coverage.since, coverage.until) + to_come)
+    since = coverage.since if coverage.first_at is None else max(coverage.since, coverage.first_at)
+    out.print(_observed(coverage.observed, since, coverage.until) + to_come)
 
 
 def _figures(figures: Figures) -> dict[str, str]:

@@ -396,6 +396,13 @@ def test_coverage_account_by_account(width: int) -> None:
     assert "observed: 75 % of the time from 2026-03-02 12:00:00 to 2026-03-02 12:02:00" in rows
 
 
+def test_coverage_is_said_of_no_time_before_the_first_account() -> None:
+    """A minute after a start, a question about the last hour is answered for that minute."""
+    since = NOON - timedelta(minutes=58)
+    rows = _lines(_shown(show_coverage, _coverage(_once_lost("agent5001"), since=since)))
+    assert "observed: 75 % of the time from 2026-03-02 12:00:00 to 2026-03-02 12:02:00" in rows
+
+
 @pytest.mark.parametrize("width", [60, 80])
 def test_narrow_coverage_is_not_cut(width: int) -> None:
     """What does not fit goes on on the next line, and all of it is there."""

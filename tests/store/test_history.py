@@ -539,8 +539,8 @@ async def test_without_a_beginning_the_answer_is_about_the_time_since_we_came(
 async def test_an_answer_is_about_no_time_before_we_came(
     journal: Journal, history: History, clock: Clock, sql: asyncpg.Connection
 ) -> None:
-    """Asked for an hour, ten minutes after the first account was added: the share is of those ten minutes, and
-    the answer says so."""
+    """Asked for an hour, ten minutes after the first account was added: the share is of those ten minutes,
+    and the answer says so."""
     await added(sql, ada=3000)
     await journal.cover([Cover(1, at(3000)), Cover(1, at(3300), "stopped")])
     clock.now = at(3600)
