@@ -545,7 +545,8 @@ async def test_an_answer_is_about_no_time_before_we_came(
     await journal.cover([Cover(1, at(3000)), Cover(1, at(3300), "stopped")])
     clock.now = at(3600)
     page = await history.calls(since=at(0))
-    assert (page.since, page.until, page.observed) == (at(3000), at(3600), pytest.approx(0.5))
+    assert (page.since, page.until) == (at(3000), at(3600))
+    assert page.observed == pytest.approx(0.5)
 
 
 async def test_a_retired_account_counts_until_it_went(
