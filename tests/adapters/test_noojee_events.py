@@ -148,6 +148,7 @@ async def test_every_status_is_handed_on() -> None:
         NoojeeServer(scripts={NUMBER: "strange"}, time_scale=FAST) as server,
         hearing(events_of(server.url, ears), "204"),
     ):
+        await until(lambda: ears.causes == [""])
         await dial(server)
         await until(lambda: len(ears.events) == 4)
     assert ears.statuses()[1] == "Whispering"
@@ -235,6 +236,7 @@ async def test_nothing_is_lost_with_a_reply() -> None:
         rates = {"slow": 0.04} | dict.fromkeys(names, 0.07)
         async with hearing(events_of(server.url, ears), *extensions):
             # While nothing ever happened the number is 0, which asks for what is live and not for all.
+            await until(lambda: "" in ears.causes)
             await dial(server, extensions[0])
             await until(lambda: bool(ears.kept))
             server.faults.at_random(rates, on="subscribe")
@@ -357,6 +359,7 @@ async def test_replies_that_are_cut_cost_no_place() -> None:
         NoojeeServer(monitored=frozenset({"204"})) as server,
         hearing(events_of(server.url, ears, poll_s=0.2), "204") as events,
     ):
+        await until(lambda: server.polls == 1)
         server.call("204", "inbound_busy")
         await until(lambda: events.place.seq == 1)
         generation = events.place.generation
