@@ -15,7 +15,7 @@ from msgspec import structs
 
 from listener.core.calls import Aside, Call, Entry, Outcome, Recorded, Unrecognised
 from listener.errors import SchemaOutdated, StoreError, StoreUnavailable
-from listener.store import batch
+from listener.store import batch, rows
 from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
 from tests.core import messages
@@ -60,6 +60,16 @@ async def until_somebody_waits(sql: asyncpg.Connection) -> None:
     """Until a statement of the journal waits for a lock; the test's own time-out is the bound."""
     while not await sql.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
         pass
+
+
+@pytest.mark.parametrize(
+    "name", ["POSITIONS", "NAMED", "CALLS", "OPEN_CALLS", "WRITE", "WRITE_AS_EXPECTED", "WRITE_AT_ONCE"]
+)
+async def test_every_answer_has_a_column(sql: asyncpg.Connection, name: str) -> None:
+    """No statement answers rows without columns, past whose end asyncpg 0.32 writes when it frees them."""
+    prepared = await sql.prepare(getattr(rows, name))
+
+    assert prepared.get_attributes() != ()
 
 
 # ── what is written ───────────────────────────────────────────────────────────────────────────────────
