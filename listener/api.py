@@ -19,7 +19,6 @@ the same time, 502 the outside system refused, 503 the database does not answer;
 """
 
 import asyncio
-import hmac
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -35,6 +34,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from multidict import MultiMapping
 
+from listener.adapters.exchange import challenge
 from listener.core.calls import JsonObject
 from listener.core.dialling import Dial, Leg, Origin, Outcome, System
 from listener.core.moments import moment
@@ -318,12 +318,10 @@ class Api:
             return await handler(request)  # it has a token of its own
         if self._token is None:
             return _error(403, "nobody may ask here", "set api.token_file, and start the listener again")
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(
-            given.encode("utf-8", "surrogateescape"), self._token.encode()
-        ):
+        refused = challenge(self._token, request.headers.get("Authorization", ""))
+        if refused is not None:
             answer = _error(401, "no token, or a wrong one", "send Authorization: Bearer with api.token")
-            answer.headers["WWW-Authenticate"] = "Bearer"
+            answer.headers["WWW-Authenticate"] = refused
             return answer
         return await handler(request)
 

@@ -10,7 +10,6 @@ a token, both metrics and reasons need it; /-/healthy never does, since it says 
 """
 
 import asyncio
-import hmac
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Self
@@ -18,6 +17,7 @@ from typing import Self
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from listener.adapters.exchange import challenge
 from listener.errors import SettingsError
 
 TICK_S = 1.0
@@ -109,10 +109,12 @@ class Operations:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         if self._token is not None and request.path != "/-/healthy":
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token.encode()):
+            refused = challenge(self._token, request.headers.get("Authorization", ""))
+            if refused is not None:
                 return web.Response(
-                    status=401, text="a bearer token is needed\n", headers={"WWW-Authenticate": "Bearer"}
+                    status=401,
+                    text="a token is needed; send Authorization: Bearer with operations.token\n",
+                    headers={"WWW-Authenticate": refused},
                 )
         return await handler(request)
 

@@ -141,6 +141,23 @@ async def test_each_refusal_has_its_status(client: Client, there: Centres, liste
 
 
 @pytest.mark.parametrize(
+    ("authorization", "status", "challenge"),
+    [
+        (f"bearer  {TOKEN}", 200, None),
+        (f"Token {TOKEN}", 401, 'Bearer realm="listener"'),
+        ("Bearer wrong", 401, 'Bearer realm="listener", error="invalid_token"'),
+    ],
+)
+async def test_who_may_ask(client: Client, authorization: str, status: int, challenge: str | None) -> None:
+    """Whoever shows the token by the scheme Bearer, however that is spelt; others are told what is asked."""
+    async with (
+        ClientSession(headers={"Authorization": authorization}) as http,
+        http.get(client._url + "/dials") as answer,
+    ):
+        assert (answer.status, answer.headers.get("WWW-Authenticate")) == (status, challenge)
+
+
+@pytest.mark.parametrize(
     ("header", "status"),
     [
         (b"Authorization: Bearer \xed\xa0\x80", 401),

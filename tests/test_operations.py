@@ -74,6 +74,29 @@ async def test_a_token_guards_all_but_health() -> None:
         assert (await _get(pages.port, "/-/healthy"))[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("authorization", "status", "challenge"),
+    [
+        ("bearer s3cret", 200, None),
+        ("BEARER   s3cret", 200, None),
+        ("s3cret", 401, 'Bearer realm="listener"'),
+        ("Basic s3cret", 401, 'Bearer realm="listener"'),
+        ("", 401, 'Bearer realm="listener"'),
+        ("Bearer S3cret", 401, 'Bearer realm="listener", error="invalid_token"'),
+    ],
+)
+async def test_a_token_is_shown_by_the_scheme_bearer(
+    authorization: str, status: int, challenge: str | None
+) -> None:
+    """In any case of letters, and by no other scheme nor without one; a refusal says what is asked."""
+    async with (
+        Operations(metrics=Metrics().handler(), not_ready=list, token="s3cret") as pages,
+        ClientSession(headers={"Authorization": authorization}) as http,
+        http.get(f"http://127.0.0.1:{pages.port}/-/ready") as reply,
+    ):
+        assert (reply.status, reply.headers.get("WWW-Authenticate")) == (status, challenge)
+
+
 async def test_a_token_that_is_no_text_is_a_wrong_one() -> None:
     """Bytes that are no UTF-8, or half a surrogate pair, break nothing."""
     async with Operations(metrics=Metrics().handler(), not_ready=list, token="s3cret") as pages:

@@ -8,7 +8,6 @@ hang-up and no status of a call: after the acknowledgement nothing is heard unti
 
 import asyncio
 import hashlib
-import hmac
 import random
 import ssl
 import uuid
@@ -24,7 +23,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 from yarl import URL
 
-from listener.adapters.exchange import REQUEST_S, NoAnswer, Secrets, exchange, refusal, unanswered
+from listener.adapters.exchange import REQUEST_S, NoAnswer, Secrets, challenge, exchange, refusal, unanswered
 from listener.core.calls import Heard
 from listener.core.dialling import Accepted, System
 from listener.core.pbx import Click2DialRecord, click2dial_channel, read_click2dial
@@ -153,9 +152,10 @@ def _message(raw: bytes, kind: str, at: datetime) -> Click2DialHeard:
 class Click2DialWebhook:
     """Receives records by HTTP: mount `handle` for POST, at a path of its own.
 
-    The PBX must send `token`, as `Authorization: Bearer` or as `?token=` in the URL that it was given; such a
-    URL must not be logged. 204 says that the message is stored, and nothing else does. Whether and how often
-    the PBX sends again what was answered otherwise is not documented: use the list where it is to be had.
+    The PBX must send `token`, as `Authorization: Bearer` or as `?token=` in the URL that it was given, since
+    no page tells of a login or signature of its webhook, nor that it sends headers. Such a URL must not be
+    logged. 204 says that the message is stored, and nothing else does. Whether and how often the PBX sends
+    again what was answered otherwise is not documented: use the list where it is to be had.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Click2DialWebhook:
     ) -> None:
         if not token:
             raise SettingsError("click2dial: the webhook needs a token, or anybody could end a call; set one")
-        self._token = token.encode()
+        self._token = token
         self._hearing = hearing
         self._stored_s = stored_s
         self._waiting_max = waiting_max
@@ -178,10 +178,15 @@ class Click2DialWebhook:
 
     async def handle(self, request: web.Request) -> web.Response:
         """One message; what it holds is taken as it is, whether it makes sense or not."""
-        scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-        given = bearer.strip() if scheme.lower() == "bearer" else request.query.get("token", "")
-        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token):
-            return web.Response(status=401, text="the token is wrong")
+        refused = challenge(
+            self._token, request.headers.get("Authorization", ""), request.query.get("token", "")
+        )
+        if refused is not None:
+            return web.Response(
+                status=401,
+                text="no token, or a wrong one; send webhook_token as Authorization: Bearer, or as ?token=",
+                headers={"WWW-Authenticate": refused},
+            )
         if self._waiting >= self._waiting_max:
             return web.Response(status=503, text="too many wait; send it again", headers={"Retry-After": "5"})
         self._waiting += 1

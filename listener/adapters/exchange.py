@@ -7,11 +7,15 @@ credentials elsewhere) or keeps a connection, on which a request can get lost be
 says, in texts and facts, holds no credential: parties quote what they were sent, and so do the errors of the
 HTTP client, which name the whole URL.
 
+It also decides, once for every page that is served here, whether whoever asks has shown the token: who may
+read, who may dial and who may end a call must not depend on which page's own reading of a header was better.
+
 It refuses to know any party's paths, bodies and logins.
 """
 
 import base64
 import binascii
+import hmac
 import json
 import ssl
 from collections.abc import Iterable, Mapping
@@ -255,3 +259,30 @@ def refusal(system: System, answer: Answer) -> Refused | NotAnswered:
 def login_refused(system: System, text: str) -> Refused:
     """The credentials are wrong."""
     return Refused(Cause(system, "login", "", text))
+
+
+# ── Who asks us ───────────────────────────────────────────────────────────────────────────────────────
+
+_REALM = 'Bearer realm="listener"'
+"""RFC 6750, section 3: the scheme is followed by at least one parameter."""
+
+
+def challenge(token: str, authorization: str, instead: str = "") -> str | None:
+    """None if a request shows `token`; else the WWW-Authenticate of the 401 that it must be answered with.
+
+    `authorization` is its header of that name, empty where it has none. It shows the token by the scheme
+    Bearer, in any case of letters (RFC 9110, section 11.1; RFC 6750, section 2.1). Where it is of no such
+    scheme, `instead` is what counts: a token that was sent elsewhere in the request. Any text may be given;
+    an empty `token` is shown by nobody.
+    """
+    scheme, _, credentials = authorization.partition(" ")
+    given = credentials.lstrip(" ") if scheme.lower() == "bearer" else instead
+    # Headers and variables may hold bytes that are no UTF-8, which Python keeps as surrogates; encoded like
+    # this, no text fails and no two become the same bytes.
+    shown = hmac.compare_digest(
+        given.encode("utf-8", "surrogatepass"), token.encode("utf-8", "surrogatepass")
+    )
+    if token and shown:
+        return None
+    # RFC 6750, section 3.1: whoever sent no token is told no error.
+    return f'{_REALM}, error="invalid_token"' if given else _REALM

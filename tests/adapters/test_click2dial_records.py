@@ -12,6 +12,7 @@ import asyncpg
 import pytest
 from aiohttp import web
 from redis.asyncio import Redis
+from yarl import URL
 
 from listener.adapters import click2dial
 from listener.adapters.click2dial import (
@@ -98,7 +99,7 @@ async def listening(webhook: Click2DialWebhook) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-async def post(url: str, body: bytes = RECORD, **headers: str) -> int:
+async def post(url: str | URL, body: bytes = RECORD, **headers: str) -> int:
     """What one POST is answered."""
     async with aiohttp.ClientSession() as http, http.post(url, data=body, headers=headers) as response:
         return response.status
@@ -132,7 +133,14 @@ async def test_the_token() -> None:
         assert await post(f"{url}?token=") == 401
         assert await post(f"{url}?token={TOKEN}x") == 401
         assert await post(f"{url}?token={TOKEN}", Authorization="Bearer other") == 401
-    assert len(ears.heard) == 1
+        assert await post(url, Authorization=f"bearer  {TOKEN}") == 204
+        # A gateway before it may have a login of its own, which is then not ours to judge.
+        assert await post(f"{url}?token={TOKEN}", Authorization="Basic bWU6bWU=") == 204
+        assert await post(url, Authorization=TOKEN) == 401
+        assert await post(URL(f"{url}?token=%ED%A0%80", encoded=True)) == 401
+        async with aiohttp.ClientSession() as http, http.post(url) as answer:
+            assert answer.headers["WWW-Authenticate"] == 'Bearer realm="listener"'
+    assert len(ears.heard) == 3
     with pytest.raises(SettingsError, match="token"):
         Click2DialWebhook("", ears)
 

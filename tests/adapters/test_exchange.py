@@ -21,6 +21,7 @@ from listener.adapters.exchange import (
     NoAnswer,
     Secrets,
     Trouble,
+    challenge,
     exchange,
 )
 from tests.support.party import party, says
@@ -187,3 +188,55 @@ def test_every_adapter_is_blind_to_the_others() -> None:
     (blind,) = [each for each in contracts["contracts"] if each["type"] == "independence"]
     parties = {path.stem for path in (ROOT / "listener" / "adapters").glob("[!_]*.py")} - {"exchange"}
     assert set(blind["modules"]) == {f"listener.adapters.{party}" for party in parties}
+
+
+# ── Who asks us ───────────────────────────────────────────────────────────────────────────────────────
+
+NOTHING_SHOWN = 'Bearer realm="listener"'
+WRONG = 'Bearer realm="listener", error="invalid_token"'
+
+
+@pytest.mark.parametrize(
+    ("authorization", "refusal"),
+    [
+        ("Bearer to.ken=", None),
+        ("bEARER to.ken=", None),
+        ("Bearer    to.ken=", None),
+        ("to.ken=", NOTHING_SHOWN),
+        ("", NOTHING_SHOWN),
+        ("Basic to.ken=", NOTHING_SHOWN),
+        ("Bearer\tto.ken=", NOTHING_SHOWN),
+        ("Bearer", NOTHING_SHOWN),
+        ("Bearer ", NOTHING_SHOWN),
+        ("Bearer to.ken", WRONG),
+        ("Bearer TO.KEN=", WRONG),
+        ("Bearer to.ken= more", WRONG),
+        ("Bearer t\xf6ken", WRONG),
+        ("Bearer \ud800\udcff", WRONG),
+        ("\ud800 to.ken=", NOTHING_SHOWN),
+    ],
+)
+def test_a_token_is_shown_as_rfc_6750_says(authorization: str, refusal: str | None) -> None:
+    """The scheme in any case, blanks, the token as it is; all else is refused and breaks nothing."""
+    assert challenge("to.ken=", authorization) == refusal
+
+
+@pytest.mark.parametrize("token", ["t\xf6ken", "\udcff\ud800"])
+def test_a_token_of_any_letters_can_be_shown(token: str) -> None:
+    """A variable of the environment may hold any bytes, and a header too."""
+    assert challenge(token, f"Bearer {token}") is None
+    assert challenge(token, f"Bearer {token}x") == WRONG
+
+
+def test_a_token_beside_the_header() -> None:
+    """Counts where the header is of no such scheme, which else decides alone."""
+    assert challenge("t", "", "t") is None
+    assert challenge("t", "Basic x", "t") is None
+    assert challenge("t", "", "x") == WRONG
+    assert challenge("t", "Bearer x", "t") == WRONG
+
+
+def test_an_empty_token_is_shown_by_nobody() -> None:
+    """It would be by everybody."""
+    assert challenge("", "Bearer ") is not None
+    assert challenge("", "", "") is not None
