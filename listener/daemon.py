@@ -234,6 +234,8 @@ class Daemon:
         self._ledger: Ledger | None = None
         self._room: DialRoom | None = None
         self._retiring: dict[int, datetime] = {}
+        self._awaited: list[str] = []
+        """Whom a reload wants listened to, and has not come to yet; for /-/ready."""
 
     def stop(self) -> None:
         """Stop in order; a second call stops at once."""
@@ -472,6 +474,9 @@ class Daemon:
         except Exception:  # noqa: BLE001 - whatever was wrong with the settings, those that run are right
             self._log.exception("not reloaded; everything goes on as it was")
             return
+        finally:
+            if not self._reload_wanted:  # else they are awaited until the next try has come to them
+                self._awaited = []
         for section in ("store", "noojee", "click2dial", "api", "operations", "limits", "log"):
             if getattr(settings, section) != getattr(self.settings, section):
                 self._log.warning("takes effect at the next start", section=section)
@@ -503,6 +508,7 @@ class Daemon:
         # Everything that may fail comes before anything is changed.
         for account in (*new, *changed):
             self._context(settings.environment(account))
+        self._awaited = [account.name for account in (*new, *changed)]
         rows = [AccountRow(a.name, a.tenant, a.environment) for a in wanted.values()]
         ids = await works.journal.register(rows)
         known = await self._recall([ids[account.name] for account in new], works.journal)
@@ -706,14 +712,17 @@ class Daemon:
             reasons.append(self._pipeline.spool_trouble)
         if self._room is not None:
             reasons += self._room.not_ready()
+        # Whoever is between two settings is listened to by nobody, and must not be missed by nobody.
+        awaited = [name for name in self._awaited if name not in self._accounts]
         troubled = [running for running in self._accounts.values() if running.watch.state != UP]
-        reasons.extend(
+        told = [f"{name}: a reload is about to begin it" for name in awaited[:NOT_UP_SHOWN_MAX]]
+        told += [
             f"{running.settings.name}: {running.watch.trouble or 'not subscribed yet'}"
-            for running in troubled[:NOT_UP_SHOWN_MAX]
-        )
-        if len(troubled) > NOT_UP_SHOWN_MAX:
-            reasons.append(f"and {len(troubled) - NOT_UP_SHOWN_MAX} accounts more")
-        return reasons
+            for running in troubled[: NOT_UP_SHOWN_MAX - len(told)]
+        ]
+        if more := len(awaited) + len(troubled) - len(told):
+            told.append(f"and {more} accounts more")
+        return reasons + told
 
 
 def run(

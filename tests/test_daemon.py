@@ -273,6 +273,63 @@ async def test_a_reload_touches_only_the_accounts_that_changed(
     (await compare(database, partly)).check()
 
 
+async def test_a_reload_is_not_ready_until_its_accounts_are_heard(database: str) -> None:
+    """While the farewell of one account takes its time, those that change and those that are new are listened
+    to by nobody, and are no less missed for that."""
+    async with centre(accounts=4) as simulator:
+        kept, changed, removed, added = simulator.accounts
+        first = settings_for(simulator, database, [kept, changed, removed])
+        async with InProcess(first).running() as listener:
+            simulator.faults.arm("delay", account=removed, on="disconnect", seconds=0.5)
+            rows = (account(kept), account(changed, tenant="acme"), account(added))
+            listener.settings = first.model_copy(update={"accounts": rows})
+            listener.daemon.reload()
+            await until(lambda: listener.daemon.accounts == 1)
+            assert [reason.partition(":")[0] for reason in listener.daemon.not_ready()] == [added, changed]
+            await until(lambda: not listener.daemon.not_ready())
+            assert await listener.metric("listener_sessions", state="up") == 3
+
+
+async def test_a_new_account_that_waits_for_the_database_is_missed(
+    fragile: Fragile, fragile_database: str
+) -> None:
+    """It is in the settings and not heard yet, so the listener is not ready, whatever it waits for."""
+    async with centre(accounts=2) as simulator:
+        one, two = simulator.accounts
+        first = settings_for(simulator, fragile_database, [one])
+        async with InProcess(first).running() as listener:
+            assert listener.daemon._ledger is not None
+            await listener.daemon._ledger.drain()
+            async with fragile.hanging(fragile_database, tables="account"):
+                listener.settings = settings_for(simulator, fragile_database)
+                listener.daemon.reload()
+                await until(
+                    lambda: any(reason.startswith(f"{two}: ") for reason in listener.daemon.not_ready())
+                )
+            await until(lambda: not listener.daemon.not_ready())
+            assert listener.daemon.accounts == 2
+
+
+async def test_settings_that_are_given_up_are_not_waited_for(fragile: Fragile, fragile_database: str) -> None:
+    """A reload waits for the database; when its settings have become wrong meanwhile, nobody is missed."""
+    async with centre(accounts=2) as simulator:
+        one, two = simulator.accounts
+        first = settings_for(simulator, fragile_database, [one])
+
+        def wrong() -> Settings:
+            raise SettingsError("listener.toml:3: there is no such setting")
+
+        async with InProcess(first).running() as listener:
+            async with fragile.away():
+                listener.settings = settings_for(simulator, fragile_database)
+                listener.daemon.reload()
+                await until(lambda: listener.daemon._reload_wanted and not listener.daemon._told.is_set())
+                assert any(reason.startswith(f"{two}: ") for reason in listener.daemon.not_ready())
+                listener.reread = wrong
+            await until(lambda: not listener.daemon.not_ready())
+            assert listener.daemon.accounts == 1
+
+
 async def test_an_account_that_comes_back_is_no_longer_removed(
     database: str, sql: asyncpg.Connection
 ) -> None:
