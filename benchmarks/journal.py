@@ -10,8 +10,7 @@ database of its own, and the rounds go through all arms in turn, so that a busy 
 - `b1_500`, `b1_2000`: COPY of the raw messages into a table with a primary key and a jsonb column, in
   batches, one after the other on one connection;
 - `j500`, `j2000`: bytes in memory → decoded → `Journal.record` → every table durable, idempotence included.
-  As in the daemon, several writers share the accounts among them and one event loop serves all; a batch
-  is decoded while the one before it is being written.
+  As in the daemon, several writers share the accounts among them and one event loop serves all.
 
 Figures are messages per second, medians of five rounds; a ratio is the median of each round's own. To say
 where the time goes, `client_us` is the CPU of this process for a message, and `server_us` that of all of
@@ -38,8 +37,8 @@ import asyncpg
 from benchmarks.a1 import OneCommitEach
 from benchmarks.orm import OrmJournal
 from benchmarks.traffic import traffic
-from listener.core.calls import Entry, Heard, Recorded
-from listener.core.decode import decode
+from listener.core.calls import Entry, Heard
+from listener.core.decode import Undecoded, decode
 from listener.daemon import calm_collector
 from listener.pipeline import WRITERS
 from listener.store import migrate
@@ -102,20 +101,15 @@ async def journal(dsn: str, heard: Sequence[Heard], began: Callable[[], None], *
         assert set(ids.values()) == set(range(1, ACCOUNTS + 1))
         shards = [[each for each in heard if each.account % WRITERS == n] for n in range(WRITERS)]
 
-        async def write(shard: Sequence[Heard], tasks: asyncio.TaskGroup) -> None:
-            writing: asyncio.Task[Recorded] | None = None
+        async def write(shard: Sequence[Heard]) -> None:
             for start in range(0, len(shard), batch):
-                part = shard[start : start + batch]
-                entries = [Entry(each, decode(each.raw, each.channel)) for each in part]
-                if writing is not None:
-                    assert (await writing).duplicates == 0
-                writing = tasks.create_task(opened.record(entries))
-                await asyncio.sleep(0)  # a turn of the loop, in which it begins
+                recorded = await opened.record(Undecoded(shard[start : start + batch]))
+                assert recorded.duplicates == 0
 
         began()
         async with asyncio.TaskGroup() as tasks:
             for shard in shards:
-                tasks.create_task(write(shard, tasks))
+                tasks.create_task(write(shard))
     return len(heard)
 
 

@@ -28,7 +28,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from listener.core.calls import Entry, Heard, Recorded
-from listener.core.decode import decode
+from listener.core.decode import Undecoded
 from listener.errors import SpoolFull, StoreUnavailable
 
 BACKLOG_BYTES_MAX = 64 * 1024 * 1024
@@ -310,12 +310,12 @@ class Pipeline:
         done = 0
         self._asking(lane)
         while True:
-            heard = await self._recalled(lane.taken)
-            entries = [Entry(one, decode(one.raw, one.channel)) for each in heard for one in each]
+            heard = [one for each in await self._recalled(lane.taken) for one in each]
             try:
-                while done < len(entries):
+                while done < len(heard):
                     began = self._clock()
-                    recorded = await self._journal.record(entries[done : done + self._batch_max])
+                    batch = Undecoded(heard[done : done + self._batch_max])
+                    recorded = await self._journal.record(batch)
                     self.available = True
                     lane.silent = False
                     self._observer.recorded(recorded, self._clock() - began)
@@ -327,7 +327,7 @@ class Pipeline:
                 self.available = False
                 self._observer.store_failed(error)
                 # They may lie in the spool by the next time, and then need not be in memory.
-                del heard, entries
+                del heard, batch
                 await self._pause(wait_s)
                 wait_s = min(wait_s * 2, RETRY_S_MAX)
 

@@ -129,6 +129,7 @@ _PLAIN_FIELDS = (
 
 _plain_fields = attrgetter(*_PLAIN_FIELDS)
 _number = attrgetter("number")
+_id = attrgetter("id")
 
 _SECOND = timedelta(seconds=1)
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
@@ -166,9 +167,15 @@ def ids_needed(decoded: Decoded) -> int:
 def _ids(notification: Notification) -> list[str]:
     """The ids of one notification without repeats, its own first."""
     found = [notification.call_id]
-    for other in (notification.call_uuid, notification.conn_id, notification.previous_conn_id):
-        if other and other not in found:
-            found.append(other)
+    other = notification.call_uuid
+    if other and other not in found:
+        found.append(other)
+    other = notification.conn_id
+    if other and other not in found:
+        found.append(other)
+    other = notification.previous_conn_id
+    if other and other not in found:
+        found.append(other)
     return found
 
 
@@ -184,8 +191,12 @@ class Board:
 
     def __init__(self, calls: Iterable[Call]) -> None:
         self._accounts: dict[int, _Calls] = {}
-        for call in sorted(calls, key=lambda each: each.id):
-            self._of(call.account).put(call)
+        for call in calls:
+            self.put(call)
+
+    def put(self, call: Call) -> None:
+        """Take in a call that the messages to come may touch, as it was before the first of them."""
+        self._of(call.account).put(call)
 
     def _of(self, account: int) -> "_Calls":
         calls = self._accounts.get(account)
@@ -273,7 +284,7 @@ class _Calls:
 
     def open(self) -> list[Call]:
         """Those that go on, the oldest first."""
-        return [call for call in self._by_id.values() if call.open]
+        return sorted((call for call in self._by_id.values() if call.open), key=_id)
 
     def get(self, id: int) -> Call | None:
         """The call with this id, if it is on the board."""
@@ -449,7 +460,12 @@ def _following(call: Call, heard: Heard, notification: Notification, odd: list[A
                 changes.append(Change(name, before, value))
 
     capabilities = notification.capabilities
-    if capabilities is not None and capabilities != call.capabilities:
+    # Asked whether it is the same object first, as it mostly is: two sets are compared member by member.
+    if (
+        capabilities is not None
+        and capabilities is not call.capabilities
+        and capabilities != call.capabilities
+    ):
         after["capabilities"] = capabilities
         changes.append(Change("capabilities", _in_order(call.capabilities), _in_order(capabilities)))
 

@@ -15,6 +15,7 @@ the database is asked anything, and the statement that writes the rows also says
 that holds, a small batch is one statement, in one round trip. If not, nothing was done, and `write` does it.
 """
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -55,6 +56,17 @@ AT_ONCE_MAX = 100
 
 REASON_CHARS_MAX = 300
 """A longer reason why a message was stored raw only is cut."""
+
+PIECE = 32
+"""Messages of a batch that are decoded and folded before the next ones: so few and all that they touch find
+room in a processor's cache, which saves a tenth of the work (measured)."""
+
+TURN = 8 * PIECE
+"""Messages that are folded in one turn of the event loop: some milliseconds. Meanwhile nobody else's rows get
+on their way, and the database waits for them."""
+
+_Name = tuple[str, int]
+"""An id that a message has for a call, and the account of the message."""
 
 _XID_MASK = 0xFFFF_FFFF
 """`xmin` holds the lower half of a transaction's id."""
@@ -175,12 +187,12 @@ class Foreseen:
     Either raises Outdated when the database is not as expected, RefusedValue when a value cannot be stored.
     """
 
-    def __init__(self, entries: Sequence[Entry], work: "_Work", unknown: Iterable[tuple[str, int]]) -> None:
+    def __init__(self, entries: Sequence[Entry], work: "_Work", unknown: Iterable[_Name]) -> None:
         self._work = work
         heard = last_heard(entries)
         self._expected: tuple[Sequence[Any], ...] = (
             list(heard),
-            [work.known[account].written_by for account in heard],
+            [work.built_on[account] for account in heard],
             list(heard.values()),
             *rows.columns(list(unknown), 2),
         )
@@ -218,7 +230,7 @@ class Foreseen:
         return Written(self._work, self._recorded, transaction & _XID_MASK)
 
 
-def foresee(
+async def foresee(
     entries: Sequence[Entry], kept: Recollection, take_ids: Callable[[int], int | None]
 ) -> Foreseen | None:
     """The batch folded from what is kept; None where that does not suffice.
@@ -226,25 +238,27 @@ def foresee(
     `take_ids` gives the first of so many consecutive ids that were reserved, and are higher than those of
     all messages that were committed here; or None. Raises RefusedValue when a value cannot be stored.
     """
-    known: dict[int, _Account] = {}
-    for entry in entries:
-        heard = entry.heard
-        if heard.account not in known:
-            account = kept.last(heard.account)
-            if account is None:
-                return None
-            known[heard.account] = account
-        if isinstance(entry.decoded, Snapshot) or heard.stream not in known[heard.account].streams:
-            return None
-    work = _Work(known)
-    work.take(entries, {stream: at for each in known.values() for stream, at in each.streams.items()})
-    first_id = None if work.again else take_ids(len(work.fresh))
+    first_id = take_ids(len(entries))
     if first_id is None:
         return None
-    unknown, _ = work.recollect()
+    work = _Work({}, {})
+    taken: list[Entry] = []
+    unknown: dict[_Name, None] = {}
     with _refusals():
-        work.fold(first_id=first_id)
-        return Foreseen(entries, work, unknown)
+        for start in range(0, len(entries), PIECE):
+            if start and start % TURN == 0:
+                await asyncio.sleep(0)
+            piece = entries[start : start + PIECE]
+            for entry in piece:
+                if isinstance(entry.decoded, Snapshot) or not work.foreknows(entry.heard, kept):
+                    return None
+            fresh = work.take(piece)
+            if work.again:
+                return None
+            work.recollect(fresh, unknown)
+            first_id = work.fold(fresh, first_id=first_id)
+            taken += piece
+        return Foreseen(taken, work, unknown)
 
 
 async def write(
@@ -259,14 +273,17 @@ async def write(
     wanted = sum(normalise.ids_needed(entry.decoded) for entry in entries)
     with _refusals():
         marks = await connection.fetch(rows.POSITIONS, streams, wanted)
-        work = _Work({account: kept.of(account, written_by) for account, written_by in held.items()})
-        work.take(entries, {row["id"]: row["position"] for row in marks if row["id"] is not None})
+        work = _Work(
+            {account: kept.of(account, written_by) for account, written_by in held.items()},
+            {row["id"]: row["position"] for row in marks if row["id"] is not None},
+        )
+        work.take(entries)
         if work.again:
             batches = [(stream, *batch) for stream, batch in work.again.items()]
             await connection.execute(rows.BATCHES_AGAIN, *rows.columns(batches, 3))
         if work.fresh:
             await work.load(connection)
-            work.fold(first_id=marks[0]["first"])
+            work.fold(work.fresh, first_id=marks[0]["first"])
             await work.add(connection)
             await connection.execute(rows.WRITE, *work.arguments())
     return Written(work, work.recorded(len(entries)), marks[0]["xid"] & _XID_MASK)
@@ -339,10 +356,15 @@ async def open_calls(connection: Connection, accounts: Iterable[int] | None) -> 
 class _Work:
     """One batch: `take` what is new, know the calls that it may touch (`recollect`, or `load` all of them),
     `fold` it into rows, and write them: `add` those that are only added, the rest by a statement that gets
-    `arguments`."""
+    `arguments`. The first three may be done piece by piece."""
 
-    def __init__(self, known: dict[int, _Account]) -> None:
+    def __init__(self, known: dict[int, _Account], positions: dict[str, int]) -> None:
+        """`positions` says up to where each stream is committed."""
         self.known = known
+        self.built_on: dict[int, int] = {}
+        """Which transaction had written the row of each account when `foreknows` took up what is kept of it:
+        another batch may be kept before this one is written."""
+        self._reached = positions
         self.fresh: list[Entry] = []
         """The entries that are new."""
         self.streams: dict[str, tuple[Heard, Heard]] = {}
@@ -354,13 +376,15 @@ class _Work:
         self._origins: list[int] = []
         self.calls: dict[int, Call] = {}
         """Every call that was touched, as it is after the batch."""
-        self.names: dict[tuple[str, int], int | None] = {}
+        self.names: dict[_Name, int | None] = {}
         """The ids that were looked up or given, with their accounts, and the calls that they name as far as
         that is known without asking."""
         self.notifications: list[Row] = []
         self.changes: list[Row] = []
         self.anomalies: list[Row] = []
         self._before: dict[int, Call] = {}
+        """The calls that the messages may touch, as they were before the batch."""
+        self._board = normalise.Board(())
         self._parties: dict[tuple[int, int], Party] = {}
         self.last_id = 0
         """The highest id that a message, or a call of a snapshot, was given."""
@@ -372,9 +396,22 @@ class _Work:
             tuple(self.fresh), tuple(self.steps), handed_in - new, tuple(self._ids), tuple(self._origins)
         )
 
-    def take(self, entries: Sequence[Entry], positions: Mapping[str, int]) -> None:
-        """Take the entries beyond what is committed: `positions` says how far each stream is."""
-        reached = dict(positions)
+    def foreknows(self, heard: Heard, kept: Recollection) -> bool:
+        """Whether what is kept says up to where the message's stream is committed; takes it up if so."""
+        known = self.known.get(heard.account)
+        if known is None:
+            known = kept.last(heard.account)
+            if known is None:
+                return False
+            self.known[heard.account] = known
+            self.built_on[heard.account] = known.written_by
+            self._reached.update(known.streams)
+        return heard.stream in known.streams
+
+    def take(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Take and give the entries that are beyond what is committed."""
+        reached = self._reached
+        fresh = []
         for entry in entries:
             heard = entry.heard
             stream = heard.stream
@@ -382,43 +419,44 @@ class _Work:
                 reached[stream] = heard.position
                 moved = self.streams.get(stream)
                 self.streams[stream] = (heard if moved is None else moved[0], heard)
-                self.fresh.append(entry)
+                fresh.append(entry)
             elif heard.batch is not None:
                 self.again[stream] = heard.batch
+        self.fresh += fresh
+        return fresh
 
-    def recollect(self) -> tuple[dict[tuple[str, int], None], set[int]]:
-        """Take up the calls that are known. Gives the ids of which nothing is, each with its account, and the
-        accounts of which every open call is asked for."""
-        unknown: dict[tuple[str, int], None] = {}
-        whole: set[int] = set()
-        before = self._before
-        for entry in self.fresh:
-            account, decoded = entry.heard.account, entry.decoded
+    def recollect(self, fresh: Sequence[Entry], unknown: dict[_Name, None]) -> None:
+        """Take up the calls that are known, and add to `unknown` the ids of which nothing is."""
+        for entry in fresh:
+            account = entry.heard.account
             known = self.known[account]
-            if isinstance(decoded, Snapshot):
-                whole.add(account)
-            for alias in normalise.ids(decoded):
+            for alias in normalise.ids(entry.decoded):
                 id = known.names.get(alias)
                 if id is None:
                     unknown[alias, account] = None
-                else:
-                    before[id] = known.calls[id]
-        return unknown, whole
+                elif id not in self._before:
+                    self._take_up(known.calls[id])
+
+    def _take_up(self, call: Call) -> None:
+        self._before[call.id] = call
+        self._board.put(call)
 
     async def load(self, connection: Connection) -> None:
         """Every call that the entries may touch: what is known of them, and the rest from the database."""
-        unknown, whole = self.recollect()
+        unknown: dict[_Name, None] = {}
+        self.recollect(self.fresh, unknown)
+        # The accounts of which every open call is asked for.
+        whole = {entry.heard.account for entry in self.fresh if isinstance(entry.decoded, Snapshot)}
         missing = [id for entry in self.fresh for id in normalise.closes(entry.heard, entry.decoded)]
         if not unknown and not whole and not missing:
             return
         aliases, accounts = zip(*unknown, strict=True) if unknown else ((), ())
-        before = self._before
         for alias, account, id in await connection.fetch(rows.NAMED, aliases, accounts, list(whole)):
             if alias is not None:
                 self.names[alias, account] = id
             call = self.known[account].calls.get(id)
             if call is not None:
-                before[id] = call
+                self._take_up(call)
             else:
                 missing.append(id)
         if missing:
@@ -426,16 +464,16 @@ class _Work:
                 call = rows.call_of(row)
                 if call.account not in self.known:
                     continue  # a closing names it, of an account whose rows this transaction does not hold
-                before[call.id] = call
+                self._take_up(call)
                 if call.open:
                     self.known[call.account].calls[call.id] = call
 
-    def fold(self, *, first_id: int) -> None:
-        """Hear the entries in order; `first_id` is the first of the ids reserved for them."""
-        board = normalise.Board(self._before.values())
+    def fold(self, fresh: Sequence[Entry], *, first_id: int) -> int:
+        """Hear the entries in order; `first_id` is the first of the ids reserved for them. Gives the next."""
+        board = self._board
         add = self.notifications.append
         number = first_id
-        for entry in self.fresh:
+        for entry in fresh:
             heard, decoded = entry.heard, entry.decoded
             at = microseconds(heard.received_at)
             steps = board.hear(number, heard, decoded)
@@ -467,6 +505,7 @@ class _Work:
             )  # fmt: skip
             number += normalise.ids_needed(decoded)
         self.last_id = number - 1
+        return number
 
     def _follow(self, number: int, at: int, steps: Sequence[Step], oddities: Sequence[Anomaly] = ()) -> None:
         """The rows of what a message did to its calls; `oddities` are about none of them."""
@@ -501,7 +540,7 @@ class _Work:
     def arguments(self) -> tuple[Sequence[Any], ...]:
         """All other rows, as the statements of `rows` take them."""
         calls: list[Row] = []
-        names: dict[tuple[str, int], int] = {}
+        names: dict[_Name, int] = {}
         for id, call in sorted(self.calls.items()):
             was = self._before.get(id)
             calls.append(rows.written(call, was))

@@ -22,7 +22,7 @@ from typing import Self
 import asyncpg
 from msgspec import Struct
 
-from listener.core.calls import Call, Cover, Entry, Recorded
+from listener.core.calls import Call, Cover, Entry, Missing, Recorded
 from listener.core.session import Saved
 from listener.errors import StoreError
 from listener.store import batch, ledger, migrate
@@ -193,6 +193,9 @@ class Journal:
     async def record(self, entries: Sequence[Entry]) -> Recorded:
         """Commit the entries and all that follows from them, in one transaction; answers what was new.
 
+        They may be decoded only when they are taken out (`listener.core.decode.Undecoded`), and are then
+        decoded once in most cases.
+
         The entries of one stream must come in the order of their positions, here and from call to call.
         When it raises, nothing of them is stored, or (after a lost connection) all of it: hand the same
         entries in again. Raises StoreUnavailable when that may succeed, StoreError when it cannot.
@@ -216,7 +219,7 @@ class Journal:
         if self._ids.left < len(entries):
             async with self._reserving, self._connection() as connection:
                 self._ids.add(await connection.fetchval(_RESERVE, IDS_AHEAD), IDS_AHEAD)
-        foreseen = batch.foresee(entries, self._kept, self._ids.take)
+        foreseen = await batch.foresee(entries, self._kept, self._ids.take)
         if foreseen is None:
             return None
         try:
@@ -241,6 +244,7 @@ class Journal:
 
     async def _looked_up(self, entries: Sequence[Entry]) -> Written:
         """As `record`, for any batch."""
+        entries = list(entries)  # decoded once
         async with self.transaction() as connection:
             held = await _touch(connection, entries)
             written = await batch.write(connection, entries, held, self._kept)
@@ -319,6 +323,25 @@ class Journal:
                 end.resume(account, microseconds(at))
             await end.write(connection)
             return {row[0]: moment(row[1]) for row in await connection.fetch(ledger.OBSERVED_UNTIL, ids)}
+
+    async def lose(
+        self, missing: Sequence[Missing], restarted_at: datetime | None = None
+    ) -> list[tuple[int, datetime, datetime]]:
+        """Messages that were heard are lost: the time in which they may have been received is a gap with the
+        cause "spool damaged" wherever it counted as observed. Gives account, beginning and end of each.
+
+        To be called before anything newer of these accounts is recorded. At a start, before anything is
+        heard, with the time of the start: where a crash left an account "observed", that ends first.
+        """
+        at = None if restarted_at is None else microseconds(restarted_at)
+        async with self.transaction() as connection:
+            lost = await ledger.lose(connection, missing, at)
+        return [(account, moment(since), moment(until)) for account, since, until in lost]
+
+    async def damaged_since(self, accounts: Iterable[int]) -> set[int]:
+        """Those of the accounts that have lost something that was heard since they were observed last."""
+        async with self._connection() as connection:
+            return {row[0] for row in await connection.fetch(ledger.DAMAGED_SINCE, sorted(set(accounts)))}
 
     async def kept_sessions(self, accounts: Iterable[int]) -> dict[int, Saved]:
         """The sessions that a start may go on with, and how far their messages are stored."""

@@ -507,6 +507,27 @@ async def test_recorders_of_the_same_accounts_wait_for_each_other(
         assert [row["position"] for row in rows if row["stream_id"] == line] == list(range(1, 46))
 
 
+async def test_a_batch_that_another_one_overtakes_is_folded_again(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """A large batch is folded in several turns of the event loop; another one of its account that commits
+    meanwhile is not overwritten: no message is lost from the call, and its changes follow from each other."""
+    long, short = Line(1), Line(1)
+    await journal.record([*long.call("Ringing"), *short.call("Ringing", id="other")])
+    await journal.record(short.call("Established", id="other"))
+    many = [*long.call("Established"), *long.call(*["Ringing"] * 3000, id="third")]
+
+    await asyncio.gather(journal.record(many), journal.record(short.call("Held")))
+
+    assert await sql.fetchval("SELECT notifications FROM call WHERE call_id = $1", messages.UUID) == 3
+    changes = await sql.fetch(
+        """SELECT ch.before::text, ch.after::text FROM change ch JOIN call c ON c.id = ch.call_id
+        WHERE c.call_id = $1 AND ch.field = 'state' ORDER BY ch.notification_id""",
+        messages.UUID,
+    )
+    assert [change["before"] for change in changes] == [None, *(change["after"] for change in changes[:-1])]
+
+
 async def test_a_call_that_another_recorder_moved_on_is_read_again(
     journal: Journal, database: str, sql: asyncpg.Connection
 ) -> None:
