@@ -23,7 +23,7 @@ from rich.text import Text
 
 from listener.core.calls import Call
 from listener.core.dialling import FAILURES, SUCCESSES, Confidence, Dial, System, extension
-from listener.core.why import Group, Why
+from listener.core.why import Why
 from listener.store.dialled import DialFound, DialPage, DialTimeline
 from listener.store.history import (
     Altered,
@@ -539,6 +539,7 @@ CAUSES = {
     "subscription refused": ("R", "yellow"),
     "stalled": ("S", "bright_red"),
     "storage down": ("B", "cyan"),
+    "spool damaged": ("C", "bright_cyan"),
     "oversized": ("O", "blue"),
     "malformed": ("M", "blue"),
 }
@@ -853,36 +854,26 @@ def _call_of(timeline: DialTimeline) -> str:
     return f"{timeline.call.call.id}, {timeline.call.who}; {matched}".removesuffix("; ")
 
 
-def _as_and_where(group: Group) -> str:
-    cause = f" ({group.cause})" if group.cause else ""
-    where = ", ".join(map(str, group.conditions)) or "all dials"
-    return f"{group.outcome or 'any failure'}{cause}: {where}"
+WHY_GROUPS_SHOWN = 12
+"""Groups that are printed: the largest. JSON has more."""
 
 
 def show_why(why: Why, out: Console) -> None:
-    """Print the groups of failures, those with the most first, and the sentence that names the smallest group
-    that explains their rise."""
-    if why.groups:
-        rows = [
-            {
-                "first": _local(group.first_at),
-                "last": _local(group.last_at),
-                "failed": str(group.now.failures),
-                "of": str(group.now.dials),
-                "share": share(group.now.share),
-                "before": share(group.before.share) if group.before.dials else "none",
-                "as and where": _as_and_where(group),
-            }
-            for group in why.groups
-        ]
-        rows = _of_one_day(rows, "first", "last", out=out)
-        widths, _ = _told_in(rows, "as and where", out, first_to_go=[], times=["first", "last"])
-        table = _table(*widths, right=("failed", "of", "share", "before"), widths=widths)
-        for row in rows:
-            table.add_row(*map(escape, row.values()))
-        out.print(table)
-        if why.left_out:
-            out.print(f"{why.left_out} failure{'s' * (why.left_out != 1)} in smaller groups left out")
-    out.print(escape(why.sentence))
+    """Print the sentence that names the smallest group that explains the rise, and then the groups of
+    failures, those with the most first. Nothing stands in columns, so that a narrow terminal cuts nothing."""
+    out.print(escape(why.sentence), style="bold")
+    for group in why.groups[:WHY_GROUPS_SHOWN]:
+        now, before = group.now, group.before
+        was = f"before {share(before.share)}" if before.dials else "none dialled before"
+        first, last = _local(group.first_at), _local(group.last_at)
+        since = first[11:] if first[:10] == last[:10] else first
+        example = f"; listener dials {group.example}" if group.example else ""
+        out.print()
+        out.print(f"[red]{now.failures}[/] of {now.dials} {escape(str(group))}")
+        out.print(f"  {share(now.share)}, {was}; last {last}, first {escape(since + example)}")
+    left_out = why.left_out + sum(group.now.failures for group in why.groups[WHY_GROUPS_SHOWN:])
+    if left_out:
+        out.print()
+        out.print(f"{left_out} failure{'s' * (left_out != 1)} in smaller groups left out; -o json has more")
     if why.partial:
         out.print("there were too many different dials to look at all; ask for a shorter time or one account")

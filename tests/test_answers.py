@@ -4,7 +4,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from listener import answers
 from listener.answers import (
+    WHY_GROUPS_SHOWN,
     as_json,
     axis,
     cells,
@@ -30,7 +31,7 @@ from listener.answers import (
     show_why,
 )
 from listener.core.calls import GAP_CAUSES, Call, Direction, Outcome, Party, Source
-from listener.core.dialling import Cause, Confidence, DialState, Refused, System, advance, placed
+from listener.core.dialling import Cause, Confidence, DialState, Leg, Refused, System, advance, placed
 from listener.core.dialling import Outcome as DialOutcome
 from listener.core.why import Tally, explain
 from listener.store.dialled import DialFound, DialPage, DialTimeline, FactFound
@@ -739,21 +740,46 @@ def test_one_dial_tells_what_led_to_its_outcome() -> None:
     assert re.search(r"12:02:00.000 +refused +statusCode 5 +ended, not_allowed", text)
 
 
-def test_why_names_the_groups_and_the_sentence() -> None:
-    """Counts and shares of each group against before, then the sentence."""
-    bad = Tally("gws", "ann", "2787123", DialOutcome.BUSY, 40, NOON, LATER, cause="ErrorCode 231")
+def _why(*now: Tally, before: Sequence[Tally] = (), width: int = 200) -> list[str]:
+    out = Console(file=io.StringIO(), width=width, highlight=False)
+    show_why(explain(now, before), out)
+    lines: list[str] = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return lines
+
+
+def test_why_says_the_sentence_and_then_the_groups() -> None:
+    """What to know first comes first; then of each group how many, how and where, and below it the share
+    against before, when it was last, and a dial to look at. Nothing is cut where it is narrow."""
+    bad = Tally(
+        "gws", "ann", "2787123", DialOutcome.BUSY, 40, NOON, LATER,
+        cause="ErrorCode 231", leg=Leg.CALLEE, example="d-7",
+    )  # fmt: skip
     good = Tally("gws", "ann", "2782555", DialOutcome.ANSWERED, 60, NOON, LATER)
-    out = Console(file=io.StringIO(), width=200, highlight=False)
-    show_why(explain([bad, good], [replace(good, dials=100)]), out)
-    text = out.file.getvalue()  # type: ignore[attr-defined]
-    assert "2026-03-02\n" in text
-    assert re.search(
-        r"12:00:00 +12:02:00 +40 +40 +100 % +none +busy \(ErrorCode 231\): numbers that begin", text
+    before = [replace(good, dials=100)]
+    lines = _why(bad, good, before=before, width=500)
+    assert lines[0].startswith("The rise is in numbers that begin with 2787123: 40 of 40 ended as busy")
+    where = "system gws, account ann, numbers that begin with 2787"
+    assert lines[1:] == [
+        "",
+        f"40 of 40 busy (ErrorCode 231) on the callee's leg: {where}",
+        "  100 %, none dialled before; last 2026-03-02 12:02:00, first 12:00:00; listener dials d-7",
+    ]
+    narrow = _why(bad, good, before=before, width=40)
+    assert all(len(line) <= 40 for line in narrow)
+    assert " ".join(" ".join(narrow).split()) == " ".join(" ".join(lines).split())
+
+
+def test_why_shows_the_largest_groups() -> None:
+    """More than one can take in at night are left out, and counted."""
+    causes = range(WHY_GROUPS_SHOWN + 2)
+    lines = _why(
+        *(
+            Tally(
+                "gws", "ann", "2787123", DialOutcome.FAILED, 10 + each, NOON, LATER, cause=f"ErrorCode {each}"
+            )
+            for each in causes
+        )
     )
-    assert text.count("40 of 100 dials failed") == 1
-    assert "The rise is in numbers that begin with 2787" in " ".join(text.split())
-    narrow = Console(file=io.StringIO(), width=80, highlight=False)
-    show_why(explain([bad, good], [replace(good, dials=100)]), narrow)
-    lines = narrow.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert all(len(line) <= 80 for line in lines)
-    assert all(word in " ".join(" ".join(lines).split()) for word in ("12:02:00", "(ErrorCode 231):", "2787"))
+    shown = [line for line in lines if "failed (ErrorCode" in line]
+    assert [int(line.split()[0]) for line in shown] == [10 + each for each in reversed(causes[2:])]
+    assert lines[-1] == "21 failures in smaller groups left out; -o json has more"

@@ -1,8 +1,13 @@
 """Why dials fail more than before: which group of dials the rise is in.
 
 Two periods are compared. Each is given as tallies: how many dials with the same system, account, device,
-caller id, campaign, beginning of the number, outcome and cause. Out of them come the groups with the most
-failures, and one explanation: the smallest group of dials that holds the rise.
+caller id, campaign, beginning of the number, outcome, cause and leg. Out of them come the groups with the
+most failures, and one explanation: the smallest group of dials that holds the rise.
+
+The groups are for who must see at a glance what fails, so they are few: one for each outcome, cause, leg and
+system. Only where such failures gather at some accounts, or at some beginnings of numbers (whichever gathers
+them more), those are groups of their own, and the others are `elsewhere`. Internal numbers are one beginning.
+No dial is in two groups. A device of GWS is never named, since it has but an id that nobody knows by heart.
 
 How a group is scored, in plain words. A group is a handful of conditions ("account ann, number 2787…"), with
 a kind of failure: any, one outcome, or one outcome with its raw cause. Before, a certain share of its dials
@@ -25,12 +30,12 @@ It refuses to know clocks, tables and what a person should do about it. The work
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 
 from msgspec import Struct
 
-from listener.core.dialling import FAILURES, Outcome
+from listener.core.dialling import ENDING_DIGITS_MIN, FAILURES, Leg, Outcome, System, extension
 
 PREFIX_LENGTHS = (2, 3, 4, 5, 6, 7)
 """How many digits of a number are looked at; give tallies by `PREFIX_MAX`."""
@@ -40,8 +45,16 @@ PREFIX_MAX = max(PREFIX_LENGTHS)
 PREFIX_LISTED = 4
 """The digits by which the listed groups are told apart."""
 
+INTERNAL = "internal"
+"""In place of a beginning: all numbers that are so short that they are extensions."""
+
 GROUPS_MAX = 50
 """Groups listed, those with the most failures first; of the others `Why.left_out` says how many failures."""
+
+GATHERED_SHARE = 0.3
+GATHERED_MIN = 10
+"""So much of the failures of one kind and system, and so many, make an account or a beginning a group of its
+own, or all of them: so there are at most three, and those elsewhere."""
 
 TALLIES_MAX = 50_000
 """Tallies looked at for the explanation, of each period. Of more those with the most dials are taken, and
@@ -86,6 +99,10 @@ class Tally(Struct, frozen=True, gc=False):
     last_at: datetime
     cause: str = ""
     """The raw cause as `str(Cause)` gives it."""
+    leg: Leg | None = None
+    """The leg that failed."""
+    example: str = ""
+    """The id of one of them, if they failed."""
     device: str = ""
     caller_id: str = ""
     campaign: str = ""
@@ -107,13 +124,15 @@ class Condition(Struct, frozen=True, gc=False, order=True):
     """One condition of a group."""
 
     dimension: str
-    """system, account, device, caller_id, campaign or number; a number's value is how it begins."""
+    """system, account, device, caller_id, campaign or number; a number's value is how it begins, or
+    `INTERNAL`."""
     value: str
 
     def __str__(self) -> str:
         """In words."""
         if self.dimension == "number":
-            return f"numbers that begin with {self.value}"
+            internal = self.value == INTERNAL
+            return "internal numbers" if internal else f"numbers that begin with {self.value}"
         return f"{self.dimension.replace('_', ' ')} {self.value}"
 
 
@@ -130,10 +149,22 @@ class Group(Struct, frozen=True, gc=False):
     """None: any failure."""
     cause: str | None
     """None: any cause of that outcome."""
+    leg: Leg | None
+    """None: any leg, or none is known."""
     now: Figures
     before: Figures
     first_at: datetime
     last_at: datetime
+    example: str
+    """The id of such a dial, one of the last; empty if the tallies have none."""
+    elsewhere: bool = False
+    """Without the dials that other groups of the same outcome, cause, leg and system name."""
+
+    def __str__(self) -> str:
+        """What failed how, and where, in words."""
+        where = _in_words(self.conditions) or "all dials"
+        rest = ", elsewhere" if self.elsewhere else ""
+        return f"{_kind_in_words(self.outcome, self.cause, self.leg)}: {where}{rest}"
 
 
 class Explanation(Struct, frozen=True, gc=False):
@@ -169,10 +200,10 @@ class Why(Struct, frozen=True, gc=False):
 DIMENSIONS = ("system", "account", "caller_id", "campaign", "device", "number")
 """By what dials are told apart; of two that pick the very same dials, the first is named."""
 
-_Kind = tuple[Outcome | None, str | None]
-"""A kind of failure: outcome and cause; None is any."""
+_Kind = tuple[Outcome | None, str | None, Leg | None]
+"""A kind of failure: outcome, cause and leg; None is any."""
 
-_ANY: _Kind = (None, None)
+_ANY: _Kind = (None, None, None)
 
 
 class _Row(Struct, frozen=True, gc=False):
@@ -225,43 +256,126 @@ def _figures(tallies: Iterable[Tally]) -> Figures:
 # ── The groups ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _place(tally: Tally) -> tuple[str, str, str]:
-    return tally.number_prefix[:PREFIX_LISTED], tally.account, tally.system
+_Place = tuple[str, str, str]
+"""System, account and how the number begins; empty is any."""
+
+_ALIKE = ("account", "number")
+"""What failures of one kind and system may gather at; of equals the first is named."""
+
+
+class _Counted:
+    """Dials, and failures of each kind, of every place."""
+
+    def __init__(self, tallies: Iterable[Tally]) -> None:
+        self.dials: Counter[_Place] = Counter()
+        self.failures: Counter[tuple[_Kind, _Place]] = Counter()
+        for tally in tallies:
+            system, account, number = tally.system, tally.account, _begins(tally)
+            for place in {
+                (system, account, number),
+                (system, account, ""),
+                (system, "", number),
+                (system, "", ""),
+            }:
+                self.dials[place] += tally.dials
+                if _failed(tally):
+                    self.failures[_kind(tally), place] += tally.dials
+
+    def figures(self, kind: _Kind, place: _Place) -> Figures:
+        """Of a place."""
+        return Figures(self.dials[place], self.failures[kind, place])
+
+
+def _begins(tally: Tally) -> str:
+    internal = 0 < len(tally.number_prefix) < ENDING_DIGITS_MIN
+    return INTERNAL if internal else tally.number_prefix[:PREFIX_LISTED]
+
+
+def _kind(tally: Tally) -> _Kind:
+    return tally.outcome, tally.cause, tally.leg
 
 
 def _groups(now: Sequence[Tally], before: Sequence[Tally]) -> tuple[tuple[Group, ...], int]:
-    """The failures by cause, beginning of the number, account and system; and how many were left out."""
-    here: defaultdict[tuple[Outcome | None, str, tuple[str, str, str]], list[Tally]] = defaultdict(list)
-    earlier: Counter[tuple[Outcome | None, str, tuple[str, str, str]]] = Counter()
-    dials: Counter[tuple[str, str, str]] = Counter()
-    dials_before: Counter[tuple[str, str, str]] = Counter()
+    """The failures by cause and leg, and where they gather; and how many were left out."""
+    here, earlier = _Counted(now), _Counted(before)
+    failing: defaultdict[tuple[_Kind, str], list[Tally]] = defaultdict(list)
     for tally in now:
-        dials[_place(tally)] += tally.dials
         if _failed(tally):
-            here[tally.outcome, tally.cause, _place(tally)].append(tally)
-    for tally in before:
-        dials_before[_place(tally)] += tally.dials
-        if _failed(tally):
-            earlier[tally.outcome, tally.cause, _place(tally)] += tally.dials
-    counted = {key: sum(tally.dials for tally in members) for key, members in here.items()}
-    listed = sorted(counted, key=lambda key: (-counted[key], str(key)))[:GROUPS_MAX]
-    groups = tuple(
-        Group(
-            conditions=tuple(
-                Condition(dimension, value)
-                for dimension, value in zip(("number", "account", "system"), key[2], strict=True)
-                if value
-            ),
-            outcome=key[0],
-            cause=key[1],
-            now=Figures(dials[key[2]], counted[key]),
-            before=Figures(dials_before[key[2]], earlier[key]),
-            first_at=min(tally.first_at for tally in here[key]),
-            last_at=max(tally.last_at for tally in here[key]),
+            failing[_kind(tally), tally.system].append(tally)
+    groups = [
+        group
+        for (kind, system), members in failing.items()
+        for group in _gathered(kind, system, members, here, earlier)
+    ]
+    groups.sort(key=lambda group: (-group.now.failures, str(group)))
+    left_out = sum(group.now.failures for group in groups[GROUPS_MAX:])
+    return tuple(groups[:GROUPS_MAX]), left_out
+
+
+def _gathered(
+    kind: _Kind, system: str, members: Sequence[Tally], here: _Counted, earlier: _Counted
+) -> Iterator[Group]:
+    """The groups of the failures of one kind and system: where they gather, and elsewhere."""
+    total = sum(tally.dials for tally in members)
+    by: dict[str, defaultdict[str, list[Tally]]] = {each: defaultdict(list) for each in _ALIKE}
+    for tally in members:
+        by["account"][tally.account].append(tally)
+        by["number"][_begins(tally)].append(tally)
+
+    def gathered(dimension: str) -> dict[str, int]:
+        counted = {value: sum(each.dials for each in those) for value, those in by[dimension].items()}
+        least = max(GATHERED_MIN, GATHERED_SHARE * total)
+        return {value: dials for value, dials in counted.items() if value and dials >= min(least, total)}
+
+    found = {dimension: gathered(dimension) for dimension in _ALIKE}
+    # In few rather than in many: one account and two beginnings are that account.
+    chosen = max(_ALIKE, key=lambda dimension: max(found[dimension].values(), default=0))
+    now, past = here.figures(kind, (system, "", "")), earlier.figures(kind, (system, "", ""))
+    rest = [tally for value, those in by[chosen].items() if value not in found[chosen] for tally in those]
+    for value in found[chosen]:
+        those = by[chosen][value]
+        accounts, numbers = {each.account for each in those}, {_begins(each) for each in those}
+        place = (
+            system,
+            accounts.pop() if len(accounts) == 1 else "",
+            numbers.pop() if len(numbers) == 1 else "",
         )
-        for key in listed
+        yield _group(kind, place, those, here.figures(kind, place), earlier.figures(kind, place))
+        wide = (system, value, "") if chosen == "account" else (system, "", value)
+        now = _without(now, here.figures(kind, wide))
+        past = _without(past, earlier.figures(kind, wide))
+    if rest:
+        yield _group(kind, (system, "", ""), rest, now, past, elsewhere=bool(found[chosen]))
+
+
+def _group(
+    kind: _Kind,
+    place: _Place,
+    failing: Sequence[Tally],
+    now: Figures,
+    before: Figures,
+    *,
+    elsewhere: bool = False,
+) -> Group:
+    outcome, cause, leg = kind
+    system, account, number = place
+    conditions = (("number", number), ("account", account), ("system", system))
+    return Group(
+        conditions=tuple(Condition(dimension, value) for dimension, value in conditions if value),
+        outcome=outcome,
+        cause=cause,
+        leg=leg,
+        now=now,
+        before=before,
+        first_at=min(tally.first_at for tally in failing),
+        last_at=max(tally.last_at for tally in failing),
+        example=_example(failing),
+        elsewhere=elsewhere,
     )
-    return groups, sum(counted.values()) - sum(group.now.failures for group in groups)
+
+
+def _example(failing: Iterable[Tally]) -> str:
+    return max((tally.last_at, tally.example) for tally in failing)[1]
 
 
 # ── The search ────────────────────────────────────────────────────────────────────────────────────────
@@ -274,7 +388,8 @@ def _rows(tallies: Sequence[Tally], numbers: dict[Condition, int]) -> list[_Row]
     known: dict[tuple[str, str], int] = {}
     rows = []
     for tally in tallies:
-        values = [(dimension, getattr(tally, dimension)) for dimension in DIMENSIONS[:-1]]
+        values = [(dimension, getattr(tally, dimension)) for dimension in DIMENSIONS[:-2]]
+        values.append(("device", "" if tally.system == System.GWS else extension(tally.device)))
         digits = tally.number_prefix
         values += [("number", digits[:length]) for length in PREFIX_LENGTHS if len(digits) >= length]
         conditions = []
@@ -286,7 +401,7 @@ def _rows(tallies: Sequence[Tally], numbers: dict[Condition, int]) -> list[_Row]
             conditions.append(known[pair])
         kinds: tuple[_Kind, ...] = ()
         if _failed(tally):
-            kinds = (_ANY, (tally.outcome, None), (tally.outcome, tally.cause))
+            kinds = (_ANY, (tally.outcome, None, None), _kind(tally))
         rows.append(_Row(frozenset(conditions), kinds, tally.dials, tally))
     return rows
 
@@ -466,10 +581,12 @@ class _Search:
                 conditions=tuple(sorted(self._conditions[number] for number in best.conditions)),
                 outcome=kind[0],
                 cause=kind[1],
+                leg=kind[2],
                 now=best.now,
                 before=best.before,
                 first_at=min(row.tally.first_at for row in failing),
                 last_at=max(row.tally.last_at for row in failing),
+                example=_example(row.tally for row in failing),
             ),
             shared=self._shared(failing, best.conditions),
             excess=excess,
@@ -519,27 +636,38 @@ def _in_words(conditions: Iterable[Condition]) -> str:
     )
 
 
+_SIDES = {Leg.AGENT: " on the agent's leg", Leg.CALLEE: " on the callee's leg", Leg.SYSTEM: " in the system"}
+
+
+def _kind_in_words(outcome: Outcome | None, cause: str | None, leg: Leg | None) -> str:
+    if outcome is None:
+        return "any failure"
+    return f"{outcome}{f' ({cause})' if cause else ''}{_SIDES[leg] if leg is not None else ''}"
+
+
 def _sentence(now: Figures, before: Figures, explanation: Explanation | None) -> str:
-    """The answer for a person."""
+    """The answer for a person: where the rise is comes first, since who reads it on a narrow screen, or at
+    night, may read no further."""
     if now.dials == 0:
         return "Nothing was dialled in this period."
     overall = f"{now.failures} of {now.dials} dials failed ({_percent(now)})"
     if before.dials == 0:
         return f"{overall}; nothing was dialled in the period before, so there is nothing to compare with."
-    overall += f", before {before.failures} of {before.dials} ({_percent(before)})."
+    overall = f"In all {overall}, before {before.failures} of {before.dials} ({_percent(before)})."
     if explanation is None:
-        return f"{overall} No group of dials fails more than before beyond chance."
+        return f"No group of dials fails more than before beyond chance. {overall}"
     group = explanation.group
-    if group.outcome is None:
-        kind = "failed"
-    else:
-        kind = f"ended as {group.outcome}" + (f" ({group.cause})" if group.cause else "")
+    kind = "failed"
+    if group.outcome is not None:
+        kind = f"ended as {_kind_in_words(group.outcome, group.cause, group.leg)}"
     where = _in_words(group.conditions) or "all dials"
+    example = f", for example dial {group.example}" if group.example else ""
     words = (
-        f"{overall} The rise is in {where}: {group.now.failures} of {group.now.dials} {kind} "
+        f"The rise is in {where}: {group.now.failures} of {group.now.dials} {kind} "
         f"({_percent(group.now)}), before {group.before.failures} of {group.before.dials} "
         f"({_percent(group.before)}); first at {group.first_at:%Y-%m-%d %H:%M:%S}, last at "
-        f"{group.last_at:%Y-%m-%d %H:%M:%S} UTC. It holds {100 * explanation.of_the_rise:.0f} % of the rise"
+        f"{group.last_at:%Y-%m-%d %H:%M:%S} UTC{example}. "
+        f"It holds {100 * explanation.of_the_rise:.0f} % of the rise"
     )
     if explanation.outside.dials:
         words += (
@@ -549,4 +677,4 @@ def _sentence(now: Figures, before: Figures, explanation: Explanation | None) ->
     words += "."
     if explanation.shared:
         words += f" All these failures share: {_in_words(explanation.shared)}."
-    return words
+    return f"{words} {overall}"

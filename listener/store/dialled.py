@@ -212,6 +212,7 @@ class DialHistory(History):
             dial.c.outcome,
             # Nothing is asked of the causes of others, and each would be a tally of its own.
             case((failed, _CAUSE), else_="").label("cause"),
+            case((failed, dial.c.leg)).label("leg"),
             dial.c.device,
             dial.c.caller_id,
             dial.c.campaign,
@@ -223,6 +224,7 @@ class DialHistory(History):
                 # Of others nobody asks for times, and reading them would take as long as all the rest.
                 func.min(dial.c.requested_at).filter(failed).label("first_at"),
                 func.max(dial.c.requested_at).filter(failed).label("last_at"),
+                func.max(dial.c.id).filter(failed).label("example"),
             )
             .join(account, account.c.id == dial.c.account_id)
             .where(*wanted)
@@ -239,8 +241,8 @@ class DialHistory(History):
         async with self.reading() as connection:
             await connection.execute(_IN_MEMORY)
             for row in await connection.execute(statement):
-                now, its_system, _, prefix, outcome, cause, device, caller_id, campaign, *rest = row
-                dials, first_at, last_at, name = rest
+                now, its_system, _, prefix, outcome, cause, leg, device, caller_id, campaign, *rest = row
+                dials, first_at, last_at, example, name = rest
                 tallies[now].append(
                     Tally(
                         system=its_system,
@@ -251,6 +253,8 @@ class DialHistory(History):
                         first_at=first_at or since,
                         last_at=last_at or since,
                         cause=cause,
+                        leg=_LEGS[leg],
+                        example=example or "",
                         device=device or "",
                         caller_id=caller_id or "",
                         campaign=campaign or "",
@@ -266,6 +270,7 @@ _IN_MEMORY = text("SET LOCAL work_mem = '64MB'")
 """For a hundred thousand tallies; with less they are sorted on disk."""
 
 _OUTCOMES: dict[str | None, Outcome | None] = {None: None, **{each.value: each for each in Outcome}}
+_LEGS: dict[str | None, Leg | None] = {None: None, **{each.value: each for each in Leg}}
 """Looked up for each of many tallies."""
 
 _BACKWARDS: ColumnElement[str] = func.reverse(dial.c.number_normalised)
@@ -317,10 +322,6 @@ def _place(after: str) -> Any:
         raise InvalidRequest("after", "is not where a page ended", "take it from the page before") from None
 
 
-def _leg(value: str | None) -> Leg | None:
-    return None if value is None else Leg(value)
-
-
 def _as_it_is(at: datetime) -> datetime:
     return at
 
@@ -344,7 +345,7 @@ def _fact(row: RowMapping) -> FactFound:
         kind=values["kind"],
         said=values["said"],
         notification=values["notification_id"],
-        leg=_leg(values["leg"]),
+        leg=_LEGS[values["leg"]],
         cause=cause_of(values),
         state=DialState(values["state"]),
         outcome=_OUTCOMES[values["outcome"]],

@@ -5,13 +5,14 @@ import random
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
 from listener.core import why
-from listener.core.dialling import Outcome
+from listener.core.dialling import FAILURES, Leg, Outcome
 from listener.core.why import Condition, Figures, Tally, Why, explain
 
 STARTED = datetime(2026, 3, 2, 9, 0, tzinfo=UTC)
@@ -137,7 +138,7 @@ def test_ordinary_days_have_no_rise(seed: int) -> None:
     """Two days without an incident differ by chance only, and chance is not explained."""
     answer = explain(day(seed), day(seed + 100))
     assert answer.explanation is None
-    assert answer.sentence.endswith("No group of dials fails more than before beyond chance.")
+    assert answer.sentence.startswith("No group of dials fails more than before beyond chance. In all ")
 
 
 def test_an_incident_that_goes_on_is_no_rise() -> None:
@@ -203,50 +204,148 @@ def test_a_group_that_is_new_is_compared_with_all_dials() -> None:
 
 
 def test_the_answer_is_in_words() -> None:
-    """The sentence says where, what, how many, since when, how it was before, and what else they share."""
-    answer = explain(day(1, device_unregistered), day(101))
+    """The sentence begins with where, what and how many; how it was before, when it was last, a dial to look
+    at and what else they share follow, and how all dials went comes last."""
+
+    def told(dials: list[Tally]) -> list[Tally]:
+        return [structs.replace(each, leg=Leg.AGENT, example=f"d-{each.last_at:%M%S}") for each in dials]
+
+    answer = explain(told(day(1, device_unregistered)), told(day(101)))
     found = answer.explanation
     assert found is not None
     now, before = found.group.now, found.group.before
-    assert f"The rise is in account agent04: {now.failures} of {now.dials}" in answer.sentence
-    assert "ended as failed (statusCode 4) (100.0 %)" in answer.sentence
-    assert f"before {before.failures} of {before.dials}" in answer.sentence
-    assert f"first at {found.group.first_at:%Y-%m-%d %H:%M:%S}" in answer.sentence
-    assert "share: system gws, device device of agent04." in answer.sentence
+    assert answer.sentence.startswith(
+        f"The rise is in account agent04: {now.failures} of {now.dials} ended as failed (statusCode 4) "
+        f"on the agent's leg (100.0 %), before {before.failures} of {before.dials}"
+    )
+    assert f"last at {found.group.last_at:%Y-%m-%d %H:%M:%S} UTC" in answer.sentence
+    assert f"for example dial d-{found.group.last_at:%M%S}" in answer.sentence
+    assert "share: system gws." in answer.sentence
+    assert answer.sentence.endswith(
+        f"In all {answer.now.failures} of {answer.now.dials} dials failed ({100 * answer.now.share:.1f} %), "
+        f"before {answer.before.failures} of {answer.before.dials} ({100 * answer.before.share:.1f} %)."
+    )
+
+
+def failing(dials: int = 1, minute: int = 0, **fields: object) -> Tally:
+    """So many dials that found the callee busy, at a minute."""
+    at = STARTED + timedelta(minutes=minute)
+    alike: dict[str, object] = {
+        "system": "gws",
+        "account": "ann",
+        "number_prefix": "2782123",
+        "outcome": Outcome.BUSY,
+        "cause": "CallState 6",
+        "leg": Leg.CALLEE,
+        "example": f"d-{minute}",
+    }
+    return Tally(dials=dials, first_at=at, last_at=at, **{**alike, **fields})  # type: ignore[arg-type]
 
 
 def test_groups_are_listed_with_their_past() -> None:
-    """Each group: first, last, how many, their share of the group's dials, and the same before."""
+    """Each group: first, last, how many, their share of the group's dials, the same before, and a dial of the
+    last of them to look at."""
 
-    def dial(minute: int, outcome: Outcome, dials: int = 1) -> Tally:
-        at = STARTED + timedelta(minutes=minute)
-        return Tally("gws", "ann", "2782123", outcome, dials, at, at, cause="CallState 6")
+    def answered(dials: int) -> Tally:
+        return failing(dials, minute=7, outcome=Outcome.ANSWERED, cause="", leg=None, example="")
 
-    busy, other = Outcome.BUSY, Outcome.ANSWERED
-    answer = explain(
-        [dial(5, busy, 2), dial(9, busy), dial(7, other, 9)], [dial(1, busy), dial(2, other, 19)]
-    )
+    answer = explain([failing(2, 5), failing(1, 9), answered(9)], [failing(1, 1), answered(19)])
     (group,) = answer.groups
     assert set(group.conditions) == {
         Condition("number", "2782"),
         Condition("account", "ann"),
         Condition("system", "gws"),
     }
-    assert (group.outcome, group.cause) == (Outcome.BUSY, "CallState 6")
+    assert (group.outcome, group.cause, group.leg) == (Outcome.BUSY, "CallState 6", Leg.CALLEE)
     assert (group.now, group.before) == (Figures(12, 3), Figures(20, 1))
     assert (group.now.share, group.before.share) == (0.25, 0.05)
     assert (group.first_at, group.last_at) == (
         STARTED + timedelta(minutes=5),
         STARTED + timedelta(minutes=9),
     )
+    assert (group.example, group.elsewhere) == ("d-9", False)
+    assert str(group) == (
+        "busy (CallState 6) on the callee's leg: system gws, account ann, numbers that begin with 2782"
+    )
+
+
+def test_internal_numbers_are_one_group() -> None:
+    """Each extension is dialled once or twice: a group of each would say nothing."""
+    dials = [failing(1, number, number_prefix=f"{5000 + number}") for number in range(30)]
+    (group,) = explain(dials, [structs.replace(each, outcome=None) for each in dials]).groups
+    assert Condition("number", why.INTERNAL) in group.conditions
+    assert (group.now, group.before) == (Figures(30, 30), Figures(30, 0))
+    assert "internal numbers" in str(group)
+
+
+def test_an_ordinary_day_is_a_handful_of_groups() -> None:
+    """Failures that are spread over accounts and numbers are one group for each cause, leg and system."""
+    dials = day(1)
+    groups = explain(dials, day(101)).groups
+    kinds = {(each.system, each.outcome, each.cause) for each in dials if each.outcome in FAILURES}
+    assert len(groups) == len(kinds)
+    assert [group.now.failures for group in groups] == sorted(
+        (group.now.failures for group in groups), reverse=True
+    )
+
+
+@pytest.mark.parametrize("name", INCIDENTS)
+def test_where_a_cause_is_gathered_is_a_group_of_its_own(name: str) -> None:
+    """An account or a beginning of numbers that stands out is named; the others with the same cause follow as
+    those elsewhere, with their own dials."""
+    incident, conditions, outcome = INCIDENTS[name]
+    (condition,) = conditions
+    answer = explain(day(1, incident), day(101))
+    if condition.dimension in ("account", "number"):
+        group = next(each for each in answer.groups if condition in each.conditions)
+        assert group.outcome is outcome
+        assert not group.elsewhere
+    for rest in (each for each in answer.groups if each.elsewhere):
+        assert rest.now.share < 0.1
+        (system,) = rest.conditions
+        assert f"{system}, elsewhere" in str(rest)
+        assert rest.now.dials < sum(each.dials for each in day(1, incident) if each.system == system.value)
+
+
+def test_the_same_cause_on_another_leg_is_another_group() -> None:
+    """Rule 5 of the taxonomy: busy is another matter when the agent's own phone is."""
+    answer = explain([failing(3), failing(2, leg=Leg.AGENT)], [])
+    assert [(group.leg, group.now.failures) for group in answer.groups] == [(Leg.CALLEE, 3), (Leg.AGENT, 2)]
+
+    def own_phone(tally: Tally, _: random.Random) -> Tally:
+        if tally.account != "agent04":
+            return structs.replace(tally, leg=Leg.CALLEE)
+        return structs.replace(_becomes(tally, Outcome.BUSY, "CallState 6"), leg=Leg.AGENT)
+
+    answer = explain(day(1, own_phone), [structs.replace(each, leg=Leg.CALLEE) for each in day(101)])
+    assert answer.explanation is not None
+    assert answer.explanation.group.leg is Leg.AGENT
+    assert "ended as busy (CallState 6) on the agent's leg" in answer.sentence
+
+
+def test_no_device_id_is_named() -> None:
+    """A device of GWS has but an id, which nobody knows by heart; of a PBX it is the extension."""
+    at_first = explain(day(1, device_unregistered), day(101))
+    assert "device of agent04" not in msgspec.json.encode(at_first).decode()
+
+    def extension(tally: Tally, channel: int) -> Tally:
+        return structs.replace(
+            tally, system="noojee", account="office", device=f"SIP/{channel % 40}-12FA{channel}"
+        )
+
+    now = [extension(each, place) for place, each in enumerate(day(1))]
+    now = [
+        _becomes(each, Outcome.NO_ANSWER, "status No Answer") if each.device.startswith("SIP/7-") else each
+        for each in now
+    ]
+    found = explain(now, [extension(each, place) for place, each in enumerate(day(101))]).explanation
+    assert found is not None
+    assert found.group.conditions == (Condition("device", "7"),)
 
 
 def test_what_is_not_listed_is_counted() -> None:
     """More groups than are listed: those with the most failures are, and of the others the number is said."""
-    tallies = [
-        Tally("gws", f"a{number}", "2782123", Outcome.BUSY, number + 1, STARTED, STARTED)
-        for number in range(why.GROUPS_MAX + 2)
-    ]
+    tallies = [failing(number + 1, cause=f"CallState {number}") for number in range(why.GROUPS_MAX + 2)]
     answer = explain(tallies, [])
     assert len(answer.groups) == why.GROUPS_MAX
     assert answer.left_out == 1 + 2

@@ -15,6 +15,7 @@ from listener.core.dialling import (
     Dial,
     DialState,
     Fact,
+    Leg,
     Match,
     MatchConfidence,
     Origin,
@@ -208,6 +209,7 @@ async def test_tallies_are_of_what_is_decided(dials: Dials, history: DialHistory
         ("bob", Outcome.ANSWERED, "", "2782123", 1, "", ""),
     ]
     assert (now[0].first_at, now[0].last_at) == (at(60), at(62))
+    assert [(each.leg, each.example) for each in now] == [(Leg.CALLEE, "now-2"), (None, "")]
     assert [(each.outcome, each.campaign, each.dials) for each in before] == [(Outcome.ANSWERED, "c", 1)]
     _, longer = await history.tallies(at(60), at(120), before=at(-60))
     assert sum(each.dials for each in longer) == 2
