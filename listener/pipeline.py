@@ -314,8 +314,7 @@ class Pipeline:
             try:
                 while done < len(heard):
                     began = self._clock()
-                    batch = Undecoded(heard[done : done + self._batch_max])
-                    recorded = await self._journal.record(batch)
+                    recorded = await self._journal.record(Undecoded(heard[done : done + self._batch_max]))
                     self.available = True
                     lane.silent = False
                     self._observer.recorded(recorded, self._clock() - began)
@@ -326,10 +325,11 @@ class Pipeline:
                 _end_if_cancelled()
                 self.available = False
                 self._observer.store_failed(error)
-                # They may lie in the spool by the next time, and then need not be in memory.
-                del heard, batch
-                await self._pause(wait_s)
-                wait_s = min(wait_s * 2, RETRY_S_MAX)
+            # They may lie in the spool by the next time, and then need not be in memory; nor in the frames of
+            # the error's traceback, which is gone here.
+            del heard
+            await self._pause(wait_s)
+            wait_s = min(wait_s * 2, RETRY_S_MAX)
 
     # ── to the spool and back ─────────────────────────────────────────────────────────────────────────
 
