@@ -862,18 +862,19 @@ def show_why(why: Why, out: Console) -> None:
     """Print the sentence that names the smallest group that explains the rise, and then the groups of
     failures, those with the most first. Nothing stands in columns, so that a narrow terminal cuts nothing."""
     out.print(escape(why.sentence), style="bold")
-    for group in why.groups[:WHY_GROUPS_SHOWN]:
+    shown = why.groups[:WHY_GROUPS_SHOWN]
+    times = [{"first": _local(group.first_at), "last": _local(group.last_at)} for group in shown]
+    if times:
+        out.print()
+        times = _of_one_day(times, "first", "last", out=out)
+    for group, at in zip(shown, times, strict=True):
         now, before = group.now, group.before
         was = f"before {share(before.share)}" if before.dials else "none dialled before"
-        first, last = _local(group.first_at), _local(group.last_at)
-        since = first[11:] if first[:10] == last[:10] else first
-        example = f"; listener dials {group.example}" if group.example else ""
-        out.print()
+        example = f"; e.g. {group.example}" if group.example else ""
         out.print(f"[red]{now.failures}[/] of {now.dials} {escape(str(group))}")
-        out.print(f"  {share(now.share)}, {was}; last {last}, first {escape(since + example)}")
+        out.print(f"    {share(now.share)}, {was}; first {at['first']}, last {at['last']}{escape(example)}")
     left_out = why.left_out + sum(group.now.failures for group in why.groups[WHY_GROUPS_SHOWN:])
     if left_out:
-        out.print()
         out.print(f"{left_out} failure{'s' * (left_out != 1)} in smaller groups left out; -o json has more")
     if why.partial:
         out.print("there were too many different dials to look at all; ask for a shorter time or one account")

@@ -761,8 +761,9 @@ def test_why_says_the_sentence_and_then_the_groups() -> None:
     where = "system gws, account ann, numbers that begin with 2787"
     assert lines[1:] == [
         "",
+        "2026-03-02",
         f"40 of 40 busy (ErrorCode 231) on the callee's leg: {where}",
-        "  100 %, none dialled before; last 2026-03-02 12:02:00, first 12:00:00; listener dials d-7",
+        "    100 %, none dialled before; first 12:00:00, last 12:02:00; e.g. d-7",
     ]
     narrow = _why(bad, good, before=before, width=40)
     assert all(len(line) <= 40 for line in narrow)
