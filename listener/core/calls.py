@@ -377,6 +377,19 @@ class Cover(Struct, frozen=True, gc=False):
     were none. The only way in which coverage takes back what it said."""
 
 
+class Missing(Struct, frozen=True, gc=False):
+    """Messages that were heard and are lost: nobody has them any more, and the account was not observed while
+    they came. At least one of them may be missing for each value."""
+
+    account: int | None
+    """None: nobody knows whose they were. Then it is about every account that was listened to, and that no
+    other value of the same list names."""
+    until: datetime
+    """The last of them was received then, or before."""
+    since: datetime | None = None
+    """When the message before them was received; None where only the store may know one."""
+
+
 GAP_CAUSES = frozenset(
     {
         "not started",
@@ -388,6 +401,7 @@ GAP_CAUSES = frozenset(
         "malformed",
         "stalled",
         "storage down",
+        "spool damaged",
         "stopped",
     }
 )

@@ -6,7 +6,8 @@ from datetime import datetime, timedelta
 import asyncpg
 import pytest
 
-from listener.core.calls import Cover
+from listener.core.calls import Cover, Missing
+from listener.core.session import Kept, Saved
 from listener.errors import StoreError
 from listener.store.journal import AccountRow, Journal
 from tests.store.line import T0, Line
@@ -245,3 +246,171 @@ async def test_coverage_of_an_unknown_account_is_an_error(journal: Journal) -> N
     """Of the program, and it names the cure."""
     with pytest.raises(StoreError, match="register"):
         await journal.cover([Cover(77, at(0))])
+
+
+# ── What was heard and lost ───────────────────────────────────────────────────────────────────────────
+
+
+DAMAGED = "spool damaged"
+JUST = timedelta(microseconds=1)
+"""A message that was received at a moment was received before the one after it."""
+
+
+def lasting(found: list[tuple[float, float | None, str]]) -> list[tuple[float, float | None, str]]:
+    """The rows that lasted any time, to the millisecond; all of them stand end to end."""
+    assert [row[0] for row in found[1:]] == [row[1] for row in found[:-1]]
+    kept = [row for row in found if row[0] != row[1]]
+    return [(round(a, 3), None if b is None else round(b, 3), cause) for a, b, cause in kept]
+
+
+async def test_what_is_lost_is_a_gap_in_what_was_observed(journal: Journal, sql: asyncpg.Connection) -> None:
+    """From the message before it to when the last of it was received, that moment included; what comes after
+    is observed as before, and the next turn continues it."""
+    await journal.cover([Cover(1, at(0)), Cover(2, at(0))])
+
+    lost = await journal.lose([Missing(1, at(20), at(10))])
+
+    assert lost == [(1, at(10), at(20) + JUST)]
+    assert lasting(await rows(sql)) == [(0, 10, ""), (10, 20, DAMAGED), (20, None, "")]
+    assert await rows(sql, 2) == [(0, None, "")]
+    await journal.heartbeat([1], at(60))
+    await journal.cover([Cover(1, at(70), "disconnected")])
+    assert lasting(await rows(sql))[2:] == [(20, 70, ""), (70, None, "disconnected")]
+    assert await journal.lose([Missing(1, at(20), at(10))]) == []
+
+
+async def test_what_is_lost_is_looked_for_after_what_is_known_to_be_committed(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """After the last heartbeat, which vouched for all before it, or the last message that is committed; a row
+    that nobody has seen yet vouches for nothing."""
+    await journal.register([AccountRow("eve", "", "lab")])
+    await journal.cover([Cover(account, at(0)) for account in (1, 2, 3)])
+    await journal.heartbeat([1, 2], at(10))
+    await journal.record([Line(2, began=at(14)).hear(b"{}")])
+
+    await journal.lose([Missing(1, at(20)), Missing(2, at(20), at(5)), Missing(3, at(20))])
+
+    assert lasting(await rows(sql, 1)) == [(0, 10, ""), (10, 20, DAMAGED), (20, None, "")]
+    assert lasting(await rows(sql, 2)) == [(0, 15, ""), (15, 20, DAMAGED), (20, None, "")]
+    assert lasting(await rows(sql, 3)) == [(0, 20, DAMAGED), (20, None, "")]
+    assert await journal.lose([Missing(2, at(14))]) == [], "all that was received until then is stored"
+
+
+async def test_what_is_lost_twice_and_in_several_stretches(journal: Journal, sql: asyncpg.Connection) -> None:
+    """Each stretch is a gap of its own where they do not touch, over several rows too; what is a gap for
+    another reason stays so."""
+    await journal.cover([Cover(1, at(0)), Cover(1, at(30), "stalled"), Cover(1, at(40))])
+
+    missing = [Missing(1, at(12), at(10)), Missing(1, at(14), at(11)), Missing(1, at(50), at(25))]
+    await journal.lose([*missing, Missing(1, at(61), at(60)), Missing(77, at(5))])
+
+    assert lasting(await rows(sql)) == [
+        (0, 10, ""),
+        (10, 14, DAMAGED),
+        (14, 25, ""),
+        (25, 30, DAMAGED),
+        (30, 40, "stalled"),
+        (40, 50, DAMAGED),
+        (50, 60, ""),
+        (60, 61, DAMAGED),
+        (61, None, ""),
+    ]
+    before = await rows(sql)
+    assert await journal.lose(missing) == []
+    assert await rows(sql) == before
+
+
+async def test_a_crash_after_a_loss_leaves_what_was_known(journal: Journal, sql: asyncpg.Connection) -> None:
+    """What follows the gap counts as observed up to the next heartbeat, as what any gap is followed by."""
+    await journal.cover([Cover(1, at(0)), Cover(2, at(0))])
+    await journal.lose([Missing(1, at(20), at(10)), Missing(2, at(20), at(10))])
+    await journal.heartbeat([2], at(40))
+
+    await journal.resume_coverage([1, 2], at(100))
+
+    assert lasting(await rows(sql, 1)) == [(0, 10, ""), (10, 20, DAMAGED), (20, None, "not started")]
+    assert lasting(await rows(sql, 2)) == [
+        (0, 10, ""),
+        (10, 20, DAMAGED),
+        (20, 40, ""),
+        (40, None, "not started"),
+    ]
+
+
+async def test_a_loss_that_a_start_finds_is_not_withdrawn(journal: Journal, sql: asyncpg.Connection) -> None:
+    """Its accounts are resumed first, so that where the session is gone all is a gap from the last heartbeat
+    on; and where it goes on, everything but the loss was observed."""
+    await journal.cover([Cover(1, at(0)), Cover(2, at(0))])
+    await journal.heartbeat([1, 2], at(10))
+
+    lost = await journal.lose([Missing(1, at(30), at(20))], at(100))
+
+    assert lost == [(1, at(20), at(30) + JUST)]
+    assert await rows(sql, 2) == [(0, None, "")]
+    since = await journal.resume_coverage([1, 2], at(101))
+    assert since == {1: at(10), 2: at(10)}
+    assert await journal.damaged_since([1, 2]) == {1}
+    gone = [(0, 10, ""), (10, 20, "not started"), (20, 30, DAMAGED), (30, None, "not started")]
+    assert lasting(await rows(sql)) == gone
+    await journal.cover([Cover(account, until, withdraws=True) for account, until in since.items()])
+    assert lasting(await rows(sql)) == [(0, 10, ""), (10, 20, ""), (20, 30, DAMAGED), (30, None, "")]
+    assert lasting(await rows(sql, 2)) == [(0, 10, ""), (10, None, "")]
+    assert await journal.damaged_since([1, 2]) == set()
+    await journal.cover([Cover(1, at(110), "stopped")])
+    assert await journal.resume_coverage([1], at(120)) == {1: at(110)}
+
+
+async def test_a_loss_before_a_stop_is_not_withdrawn_with_it(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """A stop that had no time to store everything: what the gap of the stop hides stays hidden."""
+    await journal.cover([Cover(1, at(0)), Cover(1, at(50), "stopped")])
+
+    await journal.lose([Missing(1, at(60), at(40))], at(100))
+
+    assert lasting(await rows(sql)) == [
+        (0, 40, ""),
+        (40, 50, DAMAGED),
+        (50, 60, DAMAGED),
+        (60, None, "stopped"),
+    ]
+    assert await journal.resume_coverage([1], at(101)) == {1: at(40)}
+    await journal.cover([Cover(1, at(40), withdraws=True)])
+    assert lasting(await rows(sql)) == [(0, 40, ""), (40, 50, DAMAGED), (50, 60, DAMAGED), (60, None, "")]
+
+
+async def test_a_loss_whose_account_nobody_knows_is_everybodys(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """Of every account that counts as observed, or whose session may go on and would withdraw its gap; but
+    not of those that the same loss names, of those that have another gap, and of those that are gone."""
+    names = ["named", "disconnected", "retired", "stopped", "resumable"]
+    ids = await journal.register([AccountRow(name, "", "lab") for name in names])
+    everybody = [1, 2, *ids.values()]
+    await journal.cover([Cover(account, at(0)) for account in everybody])
+    await journal.heartbeat(everybody, at(10))
+    turns = {"disconnected": "disconnected", "stopped": "stopped", "resumable": "stopped"}
+    kept = Kept("8c2b2a2e-0000-4000-8000-000000000001", "c", True, "long-polling", None, (), "", (), ())
+    saved = {ids["resumable"]: Saved(kept, at(20))}
+    await journal.cover([Cover(ids[name], at(20), cause) for name, cause in turns.items()], saved)
+    await journal.retire([ids["retired"]], at(20))
+
+    await journal.lose([Missing(None, at(40)), Missing(ids["named"], at(35), at(30))], at(100))
+
+    for account in (1, 2):
+        assert lasting(await rows(sql, account)) == [
+            (0, 10, ""),
+            (10, 40, DAMAGED),
+            (40, None, "not started"),
+        ]
+    assert (30, 35, DAMAGED) in lasting(await rows(sql, ids["named"]))
+    assert lasting(await rows(sql, ids["disconnected"])) == [(0, 20, ""), (20, None, "disconnected")]
+    assert lasting(await rows(sql, ids["retired"])) == [(0, 20, "")]
+    assert lasting(await rows(sql, ids["stopped"])) == [(0, 20, ""), (20, None, "stopped")]
+    assert lasting(await rows(sql, ids["resumable"])) == [
+        (0, 10, ""),
+        (10, 20, DAMAGED),
+        (20, 40, DAMAGED),
+        (40, None, "stopped"),
+    ]
