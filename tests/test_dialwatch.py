@@ -467,6 +467,9 @@ async def test_an_error_message_is_about_the_only_dial_that_waits(
     async with site(journal) as here:
         await here.watch.place(asked())
         await here.hear(line.hear(error, channel="/workspace/v3/voice"))
+        assert here.counts.ended == []
+        await here.pass_by(DEADLINES.error_s + 1)
+        assert here.counts.unmatched == {}
         (row,) = await rows(sql)
         assert (row["outcome"], row["cause_field"], row["cause_code"], row["cause_text"]) == (
             "invalid_number", "ErrorCode", "415", "Invalid Destination DN",
@@ -478,13 +481,37 @@ async def test_an_error_message_is_about_the_only_dial_that_waits(
         assert [row["outcome"] for row in await rows(sql)][1:] == [None, None]
         await here.watch.place(asked("d4", at=T0 + timedelta(seconds=1)))
     await journal.record([line.hear(b'{"data":{"messageType":"ErrorMessage"}}', channel="/v2/me/devices")])
-    async with site(journal):
+    async with site(journal) as here:
+        await here.pass_by(DEADLINES.error_s + 5)
         row = (await rows(sql))[3]
         assert (row["outcome"], row["cause_field"], row["confidence"]) == (
             "failed",
             "ErrorMessage",
             "inferred",
         )
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+async def test_an_error_just_before_its_call_begins_is_not_the_dials(
+    journal: Journal, sql: asyncpg.Connection, *, restarts: bool
+) -> None:
+    """It was of something else that was asked of the device: the call, also after a restart, disproves it."""
+    line = Line()
+    nameless = b'{"data":{"messageType":"ErrorMessage"}}'
+    async with site(journal) as here:
+        await here.watch.place(asked(reference="r1"))
+        await here.watch.tell("d1", Accepted(), T0)
+        await here.hear(line.hear(nameless, channel="/v2/me/devices"))
+        if not restarts:
+            await here.hear(*out(line, "Dialing", userData={REFERENCE_KEY: "r1"}))
+    async with site(journal) as here:
+        await here.hear(*out(line, "Dialing", userData={REFERENCE_KEY: "r1"}))
+        await here.pass_by(DEADLINES.error_s + 2)
+        assert [(row["outcome"], row["cause_field"]) for row in await rows(sql)] == [(None, None)]
+        await here.hear(*out(line, "Established", "Released", userData={REFERENCE_KEY: "r1"}))
+        assert [(row["id"], row["outcome"], row["corrected"]) for row in await rows(sql)] == [
+            ("d1", "answered", False)
+        ]
 
 
 async def test_an_error_of_a_call_that_is_heard_late_is_not_the_next_dials(

@@ -23,6 +23,10 @@ failures end within seconds and answered dials after minutes, so a rate of endin
 morning. Therefore `Advance.connected` marks the moment of the answer: count failures as they end, against
 failures plus connections.
 
+An error that names no call is no end yet. Genesys says such errors of whatever was asked of a device, so one
+that comes before the dial's call may be of something else. For `Deadlines.error_s` the dial is in doubt: its
+call disproves the error, a refusal says more than it, and if neither comes it was the end.
+
 It refuses to know sockets, tables and the clock, and it does not find out which call belongs to which dial
 behind anybody's back: `match` says what speaks for it, and two equal candidates are `ambiguous`.
 """
@@ -241,6 +245,9 @@ class Deadlines(Struct, frozen=True, gc=False):
     requested_s: float = 60.0
     """For the answer to the request, and for a call that shows that it arrived although no answer came."""
     accepted_s: float = 60.0
+    error_s: float = 5.0
+    """For the call that disproves an error which named none. Longer, and failures are told late; shorter, and
+    a slow switch makes a failure of a dial whose call begins."""
     silent_s: float = 3_600.0
     """As `accepted_s` for Click2Dial, which is silent from then until its record at the end of the call."""
     dialing_agent_s: float = 90.0
@@ -286,7 +293,8 @@ class CallHeard(Struct, frozen=True, gc=False, tag=True):
 
 class Reported(Struct, frozen=True, gc=False, tag=True):
     """A cause that came by itself: an error message on the devices channel (field `ErrorMessage`, no code),
-    EventError (`ErrorCode`), a CallState, an event. `leg` where the message says which."""
+    EventError (`ErrorCode`), a CallState, an event. `leg` where the message says which. An error before the
+    call ends the dial only after `Deadlines.error_s`."""
 
     cause: Cause
     leg: Leg | None = None
@@ -791,7 +799,13 @@ def linked(dial: Dial, found: Match, call: int | None) -> Dial:
 
 _ORDER = {state: place for place, state in enumerate(DialState)}
 _DECIDED_BEFORE_DIALLING = frozenset({DialState.REQUESTED, DialState.ACCEPTED, DialState.DIALING_AGENT})
-"""In these states an error is the end: nothing was dialled whose end could still be heard."""
+"""In these states a cause is the end: nothing was dialled whose end could still be heard."""
+
+_UNPROVED = frozenset({DialState.REQUESTED, DialState.ACCEPTED})
+"""In these states nothing was seen of the dial's call."""
+
+_NAMELESS = frozenset({"ErrorMessage", "ErrorCode"})
+"""The fields of causes whose messages name neither a call nor a request."""
 
 
 def advance(dial: Dial, fact: Fact, at: datetime, deadlines: Deadlines = DEADLINES) -> Advance:
@@ -879,8 +893,7 @@ def _call_heard(dial: Dial, fact: CallHeard, at: datetime, deadlines: Deadlines)
     call = fact.call
     if dial.call is not None and dial.call != call.id:
         return dial, False
-    if dial.call is None:
-        dial = structs.replace(dial, call=call.id)
+    dial = structs.replace(_undoubted(dial), call=call.id)
     if fact.cause is not None:
         dial = _noted(dial, fact.cause)
     if call.direction is Direction.INBOUND:
@@ -901,14 +914,28 @@ def _call_heard(dial: Dial, fact: CallHeard, at: datetime, deadlines: Deadlines)
 def _reported(dial: Dial, fact: Reported, at: datetime, deadlines: Deadlines) -> tuple[Dial, bool]:
     found = meaning(fact.cause)
     if found.says is Says.PROGRESS:
-        return (
-            _reach(dial, DialState.PROGRESS, at, deadlines) if fact.cause.field == "event" else dial
-        ), False
+        if fact.cause.field != "event":
+            return dial, False
+        return _reach(_undoubted(dial), DialState.PROGRESS, at, deadlines), False
     after = _noted(dial, fact.cause, fact.leg)
     tells = found.outcome is not Outcome.UNKNOWN and found.says in (Says.OUTCOME, Says.NOTHING)
     if dial.outcome is not None:
         return after, tells
+    if _in_doubt(after):
+        last = at + timedelta(seconds=deadlines.error_s)
+        sooner = last if dial.deadline_at is None else min(last, dial.deadline_at)
+        return structs.replace(after, deadline_at=sooner), False
     return after, tells and dial.call is None and dial.reached in _DECIDED_BEFORE_DIALLING
+
+
+def _in_doubt(dial: Dial) -> bool:
+    """Whether an error was blamed on it that its call would disprove."""
+    return dial.reached in _UNPROVED and dial.cause is not None and dial.cause.field in _NAMELESS
+
+
+def _undoubted(dial: Dial) -> Dial:
+    """The dial once its call was seen: an error before it was about something else."""
+    return structs.replace(dial, cause=None, cause_leg=None) if _in_doubt(dial) else dial
 
 
 def _noojee(dial: Dial, fact: NoojeeStatus, at: datetime, deadlines: Deadlines) -> tuple[Dial, bool]:
@@ -952,6 +979,8 @@ def _reach(dial: Dial, state: DialState, at: datetime, deadlines: Deadlines) -> 
 
 def _deadline(dial: Dial, state: DialState, at: datetime, deadlines: Deadlines) -> datetime:
     last = dial.requested_at + timedelta(seconds=deadlines.dial_s)
+    if _in_doubt(dial) and dial.deadline_at is not None:
+        return dial.deadline_at
     if state is DialState.CONNECTED:
         return last
     if state is DialState.ACCEPTED:
@@ -993,7 +1022,7 @@ _ENDED_BY_SYSTEM = _BY_SYSTEM | {Outcome.INVALID_NUMBER, Outcome.UNREACHABLE}
 
 def _concluded(dial: Dial, fact: Fact, at: datetime) -> Dial:
     """A dial that is over, with its one outcome."""
-    expired = isinstance(fact, Elapsed)
+    expired = isinstance(fact, Elapsed) and not _in_doubt(dial)
     talk_s = fact.call_time_s if isinstance(fact, CallRecord) else None
     outcome, confidence, cause = _outcome(dial, talk_s, expired=expired)
     unheard = isinstance(fact, CallHeard) and fact.call.ended_at is None

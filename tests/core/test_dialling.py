@@ -33,6 +33,7 @@ from listener.core.dialling import (
     Fact,
     HangupRequested,
     Leg,
+    Match,
     MatchConfidence,
     NoojeeStatus,
     NotAnswered,
@@ -501,10 +502,50 @@ def test_no_reply_may_have_been_dialled() -> None:
         (gws("ErrorCode", 31337), O.FAILED, Confidence.INFERRED),
     ],
 )
-def test_an_error_before_any_call_ends_it(cause: Cause, outcome: Outcome, confidence: Confidence) -> None:
-    """An error message instead of a call: nothing else will come. Without a code it is only inferred."""
-    after = ended(dial(), Accepted(), Reported(cause))
-    assert (after.outcome, after.confidence, after.cause) == (outcome, confidence, cause)
+def test_an_error_instead_of_a_call_ends_it(cause: Cause, outcome: Outcome, confidence: Confidence) -> None:
+    """It names no call: nothing came that disproves it, so nothing else will come. Without a code it is only
+    inferred. The acknowledgement, which may come after it, and another error put nothing off."""
+    for facts in (
+        [Accepted(), Reported(cause)],
+        [Reported(cause), Accepted(), Reported(gws("ErrorMessage"))],
+    ):
+        after, _ = through(dial(), *facts)
+        heard_s = 1 + facts.index(Reported(cause))
+        assert (after.outcome, after.cause) == (None, cause)
+        assert after.deadline_at == at(heard_s + DEADLINES.error_s)
+        assert not advance(after, Elapsed(), at(heard_s + DEADLINES.error_s - 0.001)).changed
+        over = advance(after, Elapsed(), at(heard_s + DEADLINES.error_s))
+        assert over.ended
+        told = over.dial
+        assert (told.outcome, told.confidence, told.cause) == (outcome, confidence, cause)
+        assert (told.expired, told.ended_by) == (False, EndedBy.SYSTEM)
+        assert not advance(told, DIALS_OUT, at(20)).changed
+
+
+@pytest.mark.parametrize("error", [gws("ErrorMessage"), gws("ErrorCode", 415)])
+def test_a_call_disproves_an_error_before_it(error: Cause) -> None:
+    """The error was of something else that was asked of the device just then: nothing of it is left."""
+    after, steps = through(dial(), Accepted(), Reported(error), DIALS_OUT)
+    assert (after.outcome, after.cause) == (None, None)
+    assert after.deadline_at == at(3 + DEADLINES.dialing_s)
+    assert not any(step.ended for step in steps)
+    assert ended(after, ANSWERS, ENDS_ANSWERED).outcome is O.ANSWERED
+    assert ended(after, ENDS).outcome is O.UNKNOWN
+    rung = CallHeard(leg(State.RINGING, direction=Direction.INBOUND))
+    assert through(dial(), Reported(error), rung)[0].cause is None
+    # As the store does: the call is the dial's before it is told of it.
+    doubted, _ = through(dial(), Accepted(), Reported(error))
+    found = Match(doubted, (Evidence.NUMBER,), MatchConfidence.WEAK)
+    assert advance(linked(doubted, found, CALL), DIALS_OUT, at(3)).dial.cause is None
+    moved_on, _ = through(doubted, Reported(gws("event", "EventNetworkReached")))
+    assert (moved_on.cause, moved_on.deadline_at) == (None, at(1 + DEADLINES.dialing_s))
+
+
+def test_a_refusal_says_more_than_an_error_before_it() -> None:
+    """GWS says an error on the devices channel at the same instant as it refuses the request."""
+    refused = Refused(gws("statusCode", 4, "Device '5001' is not registered."))
+    after = ended(dial(), Reported(gws("ErrorMessage")), refused)
+    assert (after.outcome, after.cause, after.leg) == (O.FAILED, refused.cause, Leg.AGENT)
 
 
 def test_an_error_about_a_call_waits_for_its_end() -> None:
