@@ -505,10 +505,11 @@ def test_no_reply_may_have_been_dialled() -> None:
 def test_an_error_instead_of_a_call_ends_it(cause: Cause, outcome: Outcome, confidence: Confidence) -> None:
     """It names no call: nothing came that disproves it, so nothing else will come. Without a code it is only
     inferred. The acknowledgement, which may come after it, and another error put nothing off."""
-    for facts in (
+    orders: list[list[Fact]] = [
         [Accepted(), Reported(cause)],
         [Reported(cause), Accepted(), Reported(gws("ErrorMessage"))],
-    ):
+    ]
+    for facts in orders:
         after, _ = through(dial(), *facts)
         heard_s = 1 + facts.index(Reported(cause))
         assert (after.outcome, after.cause) == (None, cause)
