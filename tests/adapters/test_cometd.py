@@ -55,7 +55,9 @@ from listener.core.session import (
     Unbroken,
 )
 from listener.errors import LoginRefused, RemoteUnavailable
-from listener.simulator.centre import Simulator
+from listener.simulator.bayeux import ServerSession
+from listener.simulator.centre import AccountTruth, Simulator
+from listener.simulator.scripts import Message
 from listener.simulator.settings import SimulatorSettings
 from listener.store.journal import Journal
 from tests.peers.proxy import CHUNK_BYTES, HOST, Direction, TcpProxy
@@ -268,6 +270,58 @@ async def subscribed(url: str, store: Store, *rest: Any, **more: Any) -> AsyncIt
         yield line
 
 
+class Centre:
+    """A simulated centre with one account, which is listened to over a websocket only."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self.simulator = simulator
+        (self._account,) = simulator.accounts.values()
+
+    def line(
+        self, store: Store, port: int | None = None, **more: Any
+    ) -> contextlib.AbstractAsyncContextManager[Line]:
+        """As `listening`: a line of the account, with a login of its own; through a proxy's `port`."""
+        origin = f"http://{HOST}:{port or self.simulator.gws.port}"
+        basic = aiohttp.encode_basic_auth(self._account.login, self._account.password)
+        login = GenesysClient(origin, {"Authorization": basic})
+        how: dict[str, Any] = {"connection_types": WEBSOCKET, "login_first": True, **more}
+        return listening(origin + "/api/v2/notifications", store, login, **how)
+
+    @property
+    def session(self) -> ServerSession:
+        """The only one that the account has there."""
+        (session,) = self.simulator.gws.broker.sessions_of(self._account.login)
+        return session
+
+    @property
+    def truth(self) -> AccountTruth:
+        """What was said to the account."""
+        return self.simulator.truth().accounts[self._account.login]
+
+    @property
+    def accepted(self) -> list[Message]:
+        """The messages that it was said."""
+        messages = self.truth.messages
+        assert messages is not None
+        return [each for each in messages if each.accepted]
+
+    def slow(self, seconds: float) -> None:
+        """The next answer to a connect takes so long."""
+        self.simulator.faults.arm("delay", account=self._account.login, on="connect", seconds=seconds)
+
+
+@contextlib.asynccontextmanager
+async def by_websocket(**settings: Any) -> AsyncIterator[Centre]:
+    """A centre while the block runs; `settings` are the simulator's."""
+    async with Simulator(SimulatorSettings(accounts=1, **settings)) as simulator:
+        yield Centre(simulator)
+
+
+async def raws(sql: asyncpg.Connection) -> list[bytes]:
+    """The bytes of the messages in the journal, in order."""
+    return [row["raw"] for row in await sql.fetch("SELECT raw FROM notification ORDER BY id")]
+
+
 @pytest.fixture(autouse=True)
 async def quiet(caplog: pytest.LogCaptureFixture) -> AsyncIterator[None]:
     """Nothing may be reported to the event loop, or logged as a warning, by whatever library."""
@@ -421,26 +475,20 @@ async def test_without_acknowledgements_a_cut_is_a_recorded_gap(cometd_peer: Com
 
 async def test_websocket_with_acknowledgements_through_cuts(tcp_proxy: Callable[..., Any]) -> None:
     """A websocket that is cut again and again in the middle of bursts loses and doubles nothing."""
-    settings = SimulatorSettings(
-        accounts=1, rate=3_000, seed=5, timeout_ms=400, max_interval_ms=3_000, sweep_period_ms=100
-    )
-    async with Simulator(settings) as simulator, TcpProxy(simulator.gws.port) as proxy:
-        (account,) = simulator.accounts.values()
-        basic = aiohttp.encode_basic_auth(account.login, account.password)
-        origin = f"http://{HOST}:{proxy.port}"
-        login = GenesysClient(origin, {"Authorization": basic})
-        store = Store()
-        store.turns = itertools.cycle([9, 0, 4, 0, 0])
-        url = origin + "/api/v2/notifications"
-        async with subscribed(url, store, login, connection_types=WEBSOCKET, login_first=True):
+    store = Store()
+    store.turns = itertools.cycle([9, 0, 4, 0, 0])
+    times = {"timeout_ms": 400, "max_interval_ms": 3_000, "sweep_period_ms": 100}
+    async with (
+        by_websocket(rate=3_000, seed=5, **times) as centre,
+        TcpProxy(centre.simulator.gws.port) as proxy,
+    ):
+        async with centre.line(store, port=proxy.port):
+            await store.until_told(Subscribed)
             proxy.cut_after(60_000, times=6)
-            await simulator.play(notifications=2_000)
-            truth = simulator.truth().accounts[account.login]
-            await store.until_heard(truth.accepted)
+            await centre.simulator.play(notifications=2_000)
+            await store.until_heard(centre.truth.accepted)
         assert proxy.opened >= 7, "not cut six times"
-    assert truth.messages is not None
-    said = [message.raw for message in truth.messages if message.accepted]
-    assert [one.raw for one in store.heard] == said
+    assert [one.raw for one in store.heard] == [each.raw for each in centre.accepted]
     assert store.doubled == 0
     assert store.kinds()[Unbroken] >= 1
     assert store.kinds()[Handshaken] == 1
@@ -1258,41 +1306,29 @@ async def test_a_websocket_asks_once_more_on_a_new_connection(
 ) -> None:
     """Frames of the old one, which nobody reads any more, are not taken for its answer: while messages come
     all the time, all that were said before the stop are stored, once and in order, and so are those after."""
-    settings = SimulatorSettings(accounts=1, rate=1_000, timeout_ms=5_000, max_interval_ms=6_000)
-    async with Simulator(settings) as simulator:
-        (account,) = simulator.accounts.values()
-        basic = aiohttp.encode_basic_auth(account.login, account.password)
-        origin = f"http://{HOST}:{simulator.gws.port}"
-        url = origin + "/api/v2/notifications"
-        how: dict[str, Any] = {"connection_types": WEBSOCKET, "login_first": True}
-        first, second = Remembering(journal), Remembering(journal)
-        stop = asyncio.Event()
-        async with asyncio.TaskGroup() as tasks:
-            login = GenesysClient(origin, {"Authorization": basic})
-            async with subscribed(url, first, login, goodbye=False, **how) as line:
-                leaving = Leaving(line)
-                playing = tasks.create_task(simulator.play(stop=stop))
-                await first.until_heard(300)
-            (asked,) = leaving.told
-            assert asked is not None
-            everything = simulator.truth().accounts[account.login].messages
-            assert everything is not None
-            said = [each for each in everything if each.accepted]
-            before = [each.raw for each in said if each.said_at_s < asked.timestamp()]
-            rows = await sql.fetch("SELECT raw FROM notification ORDER BY id")
-            assert [row["raw"] for row in rows][: len(before)] == before
-            login = GenesysClient(origin, {"Authorization": basic})
-            async with listening(url, second, login, saved=await first.left(), **how):
-                await second.until_heard(100)
-                stop.set()
-                await playing
-                await simulator.drained()
-        assert simulator.gws.broker.handshakes == 1
-        truth = simulator.truth().accounts[account.login]
+    first, second = Remembering(journal), Remembering(journal)
+    stop = asyncio.Event()
+    async with (
+        by_websocket(rate=1_000, timeout_ms=5_000, max_interval_ms=6_000) as centre,
+        asyncio.TaskGroup() as tasks,
+    ):
+        async with centre.line(first, goodbye=False) as line:
+            await first.until_told(Subscribed)
+            leaving = Leaving(line)
+            playing = tasks.create_task(centre.simulator.play(stop=stop))
+            await first.until_heard(300)
+        (asked,) = leaving.told
+        assert asked is not None
+        before = [each.raw for each in centre.accepted if each.said_at_s < asked.timestamp()]
+        assert (await raws(sql))[: len(before)] == before
+        async with centre.line(second, saved=await first.left()):
+            await second.until_heard(100)
+            stop.set()
+            await playing
+            await centre.simulator.drained()
+    assert centre.simulator.gws.broker.handshakes == 1
     assert second.gaps == []
-    assert truth.messages is not None
-    rows = await sql.fetch("SELECT raw FROM notification ORDER BY id")
-    assert [row["raw"] for row in rows] == [each.raw for each in truth.messages if each.accepted]
+    assert await raws(sql) == [each.raw for each in centre.accepted]
 
 
 async def test_a_late_answer_on_a_websocket_is_not_taken_for_the_last(
@@ -1300,34 +1336,21 @@ async def test_a_late_answer_on_a_websocket_is_not_taken_for_the_last(
 ) -> None:
     """The server has begun to answer the connect that is held, and is slow about it, when the line is
     stopped: what that answer holds is heard once, with the last one."""
-    settings = SimulatorSettings(accounts=1, rate=2_000, timeout_ms=5_000, max_interval_ms=6_000)
-    async with Simulator(settings) as simulator:
-        (account,) = simulator.accounts.values()
-        basic = aiohttp.encode_basic_auth(account.login, account.password)
-        origin = f"http://{HOST}:{simulator.gws.port}"
-        store = Remembering(journal)
-        login = GenesysClient(origin, {"Authorization": basic})
-        async with subscribed(
-            origin + "/api/v2/notifications",
-            store,
-            login,
-            goodbye=False,
-            connection_types=WEBSOCKET,
-            login_first=True,
-        ) as line:
+    store = Remembering(journal)
+    async with by_websocket(rate=2_000, timeout_ms=5_000, max_interval_ms=6_000) as centre:
+        async with centre.line(store, goodbye=False) as line:
+            await store.until_told(Subscribed)
             leaving = Leaving(line)
-            (session,) = simulator.gws.broker.sessions_of(account.login)
+            session = centre.session
             await until(lambda: session.notify is not None and session.expires_at == 0.0)
             batch = session.batch
-            simulator.faults.arm("delay", account=account.login, on="connect", seconds=2.0)
-            await simulator.play(notifications=20)
+            centre.slow(2.0)
+            await centre.simulator.play(notifications=20)
             await until(lambda: session.batch == batch + 1)
             assert store.heard == []
-        said = simulator.truth().accounts[account.login].messages
+        said = centre.accepted
     assert leaving.told != [None]
-    assert said is not None
-    rows = await sql.fetch("SELECT raw FROM notification ORDER BY id")
-    assert [row["raw"] for row in rows] == [each.raw for each in said if each.accepted]
+    assert await raws(sql) == [each.raw for each in said]
     assert [fact.odd for fact in store.facts if isinstance(fact, Delivered)] == [()]
 
 
@@ -1360,8 +1383,7 @@ class Remembering(Store):
 
 async def stored(sql: asyncpg.Connection) -> list[int]:
     """The numbers of the messages in the journal, in order."""
-    rows = await sql.fetch("SELECT raw FROM notification ORDER BY id")
-    return [int(found[1]) for row in rows if (found := SEQ.search(row["raw"]))]
+    return [int(found[1]) for raw in await raws(sql) if (found := SEQ.search(raw))]
 
 
 async def test_a_session_is_resumed_where_the_store_is(
@@ -1561,44 +1583,33 @@ async def test_a_websocket_is_acknowledged_after_the_commit_and_resumed(
 ) -> None:
     """While nothing is committed the server keeps everything, however often it is asked; then the line is
     dropped, and the next one goes on over a websocket again."""
-    settings = SimulatorSettings(accounts=1, rate=2_000, timeout_ms=400, max_interval_ms=3_000)
-    async with Simulator(settings) as simulator:
-        (account,) = simulator.accounts.values()
-        basic = aiohttp.encode_basic_auth(account.login, account.password)
-        origin = f"http://{HOST}:{simulator.gws.port}"
-        url = origin + "/api/v2/notifications"
-        how: dict[str, Any] = {"connection_types": WEBSOCKET, "login_first": True}
-        first = Remembering(journal)
-        login = GenesysClient(origin, {"Authorization": basic})
-        async with subscribed(url, first, login, goodbye=False, **how):
-            (session,) = simulator.gws.broker.sessions_of(account.login)
+    first, second = Remembering(journal), Remembering(journal)
+    async with by_websocket(rate=2_000, timeout_ms=400, max_interval_ms=3_000) as centre:
+        async with centre.line(first, goodbye=False):
+            await first.until_told(Subscribed)
+            session = centre.session
             first.commits = False
-            await simulator.play(notifications=50)
+            await centre.simulator.play(notifications=50)
             await first.until(lambda: first.heard)
             batch = session.batch
             await until(lambda: session.batch >= batch + 3)
-            said = simulator.truth().accounts[account.login].accepted
+            said = centre.truth.accepted
             assert session.waiting == said
             first.commit()
             first.commits = True
             await first.until_heard(said)
-            await simulator.drained()
+            await centre.simulator.drained()
             assert first.saved is not None
             first.commits = False
-            await simulator.play(notifications=20)
+            await centre.simulator.play(notifications=20)
             await first.until(lambda: len(first.heard) > said)
-        await simulator.play(notifications=20)
-        second = Remembering(journal)
-        login = GenesysClient(origin, {"Authorization": basic})
-        async with listening(url, second, login, saved=await first.left(), **how):
+        await centre.simulator.play(notifications=20)
+        async with centre.line(second, saved=await first.left()):
             await second.until_told(Unbroken)
-            await simulator.drained()
-        assert simulator.gws.broker.handshakes == 1
-        truth = simulator.truth().accounts[account.login]
+            await centre.simulator.drained()
+    assert centre.simulator.gws.broker.handshakes == 1
     assert second.gaps == []
-    assert truth.messages is not None
-    rows = await sql.fetch("SELECT raw FROM notification ORDER BY id")
-    assert [row["raw"] for row in rows] == [message.raw for message in truth.messages if message.accepted]
+    assert await raws(sql) == [each.raw for each in centre.accepted]
 
 
 async def test_no_farewell_is_said_before_everything_is_durable(cometd_peer: CometdFactory) -> None:
