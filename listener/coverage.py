@@ -23,12 +23,13 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
 from msgspec import Struct
 
-from listener.core.calls import Cover, Heard, Snapshot, Source
+from listener.core.calls import Cover, Heard, Missing, Snapshot, Source
 from listener.core.decode import decode
 from listener.core.session import (
     Delivered,
@@ -118,6 +119,10 @@ class Hears(Protocol):
         """Returns when there is room for more; calls `committed` when they are durable."""
 
 
+Losses = Sequence[tuple[int, datetime, datetime]]
+"""Gaps in what had counted as observed: account, beginning and end of each."""
+
+
 class CoverageJournal(Protocol):
     """What the ledger needs of the store: `listener.store.journal.Journal`."""
 
@@ -127,6 +132,9 @@ class CoverageJournal(Protocol):
 
     async def heartbeat(self, accounts: Iterable[int], at: datetime) -> None:
         """These accounts were observed until then."""
+
+    async def lose(self, missing: Sequence[Missing], restarted_at: datetime | None) -> Losses:
+        """Makes gaps of what is missing, and of nothing else; at a start, says when it was."""
 
 
 class Observer(Protocol):
@@ -155,6 +163,14 @@ Vouched = Callable[[], datetime | None]
 """Until when everything that an account's server said is durable; None when that is not known yet."""
 
 
+class _Loss(Struct, frozen=True):
+    """What is missing, and who waits for that to be written."""
+
+    missing: Sequence[Missing]
+    restarted_at: datetime | None
+    written: asyncio.Future[Losses]
+
+
 class Ledger:
     """Writes coverage in the order in which it was told, and with it what sessions are resumed with: so that
     where an account counts as observed, the session that is kept is the one that observed it.
@@ -169,6 +185,7 @@ class Ledger:
         self._pause = pause
         self._waiting: list[Cover] = []
         self._sessions: dict[int, Saved | None] = {}
+        self._losses: list[_Loss] = []
         self._shorten_at = COVERS_WAITING_MAX
         self._told = asyncio.Event()
         self._written = asyncio.Event()
@@ -197,6 +214,15 @@ class Ledger:
         self._written.clear()
         self._told.set()
 
+    async def lose(self, missing: Sequence[Missing], restarted_at: datetime | None = None) -> Losses:
+        """Takes what is missing of what was heard; returns when that is written, after all that was told
+        before, with the gaps that it made. At a start, before anything is heard, `restarted_at` says when."""
+        loss = _Loss(missing, restarted_at, asyncio.get_running_loop().create_future())
+        self._losses.append(loss)
+        self._written.clear()
+        self._told.set()
+        return await loss.written
+
     async def drain(self) -> None:
         """Returns when everything that was told is written; bound it with a timeout."""
         await self._written.wait()
@@ -211,17 +237,29 @@ class Ledger:
         while True:
             await self._told.wait()
             self._told.clear()
-            while self._waiting or self._sessions:
+            while self._waiting or self._sessions or self._losses:
+                if not self._waiting and not self._sessions:
+                    await self._insist(partial(self._lose, self._losses.pop(0)))
+                    continue
                 part, self._waiting = self._waiting[:COVERS_MAX], self._waiting[COVERS_MAX:]
                 sessions: dict[int, Saved | None] = {}
                 if not self._waiting:  # with the last turn that was told before them, or with a later one
                     sessions, self._sessions = self._sessions, {}
-                wait_s = LEDGER_RETRY_S
-                while not await self._stored(self._journal.cover(part, sessions)):
-                    await self._pause(wait_s)
-                    wait_s = min(wait_s * 2, LEDGER_RETRY_S_MAX)
+                await self._insist(partial(self._journal.cover, part, sessions))
             self._shorten_at = COVERS_WAITING_MAX
             self._written.set()
+
+    async def _insist(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Returns when it is written."""
+        wait_s = LEDGER_RETRY_S
+        while not await self._stored(write()):
+            await self._pause(wait_s)
+            wait_s = min(wait_s * 2, LEDGER_RETRY_S_MAX)
+
+    async def _lose(self, loss: _Loss) -> None:
+        made = await self._journal.lose(loss.missing, loss.restarted_at)
+        if not loss.written.done():  # who told it may be gone
+            loss.written.set_result(made)
 
     async def _beat(self) -> None:
         wait_s = HEARTBEAT_S

@@ -34,7 +34,7 @@ from listener import __version__
 from listener.adapters.cometd import Endpoint, Line, resumable
 from listener.adapters.genesys import GenesysClient
 from listener.closing import Closer
-from listener.core.calls import Recorded
+from listener.core.calls import Missing, Recorded
 from listener.core.session import Saved
 from listener.coverage import REFUSED, SNAPSHOTS_AT_ONCE_MAX, UP, Ledger, Watch
 from listener.dialroom import DialRoom
@@ -357,15 +357,16 @@ class Daemon:
         if room is None:
             return
         self._room = self._eyes.room = room
+        ledger = self._ledger = Ledger(journal)
         pipeline = self._pipeline = Pipeline(
             journal,
             self._eyes,
             spool=spool,
             spooling=self._eyes.spooling,
+            lost=partial(self._lose, ledger),
             batch_max=limits.batch_max,
             backlog_bytes_max=limits.backlog_bytes_max,
         )
-        ledger = self._ledger = Ledger(journal)
         async with asyncio.TaskGroup() as tasks:
             writing = tasks.create_task(pipeline.run(), name="pipeline")
             covering = tasks.create_task(ledger.run(), name="ledger")
@@ -374,7 +375,7 @@ class Daemon:
             dialling = tasks.create_task(room.watch.run(), name="dials")
             works = _Works(journal, pipeline, ledger, tasks)
             # Sessions go on from what is committed: what the spool has of them must be, before they do.
-            if pipeline.spooled_notifications:
+            if pipeline.spooled_notifications or spool.damaged:
                 self._starting = "what an earlier run left in the spool is stored first"
             await self._until_stopped(pipeline.drain())
             async with room.working(pipeline, ledger, tasks):
@@ -393,6 +394,20 @@ class Daemon:
             for task in (writing, covering, upkeep, probing, dialling):
                 task.cancel()
         self._log.info("stopped")
+
+    async def _lose(self, ledger: Ledger, missing: Sequence[Missing], left: bool) -> None:  # noqa: FBT001 - as `pipeline.Losing`
+        """Has it written down that what an earlier run (`left`), or this one, had heard is missing."""
+        gaps = await ledger.lose(missing, self._wall() if left else None)
+        for _, since, until in gaps:
+            self._metrics.gap("spool damaged", (until - since).total_seconds())
+        if gaps:
+            self._log.error(
+                "messages that were heard are lost: a gap in the coverage",
+                cause="spool damaged",
+                accounts=len({account for account, _, _ in gaps}),
+                since=min(since for _, since, _ in gaps).isoformat(),
+                until=max(until for _, _, until in gaps).isoformat(),
+            )
 
     async def _open_room(self, journal: Journal, dsn: str) -> DialRoom:
         return await DialRoom.open(

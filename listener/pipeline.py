@@ -14,6 +14,9 @@ that wait in memory. So when the store has been silent for a while, or the backl
 the spool on disk, and only its place is remembered. It is committed from there, in the same order and by the
 same writers, before anything that is newer. Being spooled acknowledges nothing: only a commit does.
 
+What is damaged when it is read back is lost, and that is told (`lost`) before anything newer of its account
+is committed, and before the spool lets go of it: a crash in between only means that it is told again.
+
 This module reaches the world only through the protocols that it declares.
 """
 
@@ -27,7 +30,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from listener.core.calls import Entry, Heard, Recorded
+from listener.core.calls import Entry, Heard, Missing, Recorded
 from listener.core.decode import Undecoded
 from listener.errors import SpoolFull, StoreUnavailable
 
@@ -102,6 +105,26 @@ class Left(Protocol):
     def notifications(self) -> int:
         """How many."""
 
+    @property
+    def until(self) -> datetime:
+        """All of them were received by then."""
+
+
+class Lost(Protocol):
+    """What an earlier run left in the spool, and is damaged."""
+
+    @property
+    def places(self) -> Sequence[Place]:
+        """Where it is."""
+
+    @property
+    def missing(self) -> Sequence[Missing]:
+        """What it may have been."""
+
+
+Losing = Callable[[Sequence[Missing], bool], Awaitable[None]]
+"""Who is told what is missing, and whether an earlier run had heard it; returns when that is durable."""
+
 
 class Spool(Protocol):
     """What the pipeline needs of the spool; `listener.store.spool.Spool` has it. Methods may block: they are
@@ -111,6 +134,9 @@ class Spool(Protocol):
 
     def left(self) -> Sequence[Left]:
         """What an earlier run left, in the order in which it was heard; asked once."""
+
+    def lost(self) -> Lost:
+        """What of it is damaged; asked once, and released when it is told."""
 
     @property
     def oldest(self) -> datetime | None:
@@ -146,6 +172,9 @@ class _Waiting(Struct):
 
     heard: list[Heard] | None
     """None while only the spool has it."""
+    account: int
+    until: datetime
+    """When the last of them was received, at the latest."""
     committed: Callable[[], None]
     notifications: int
     size_bytes: int
@@ -177,7 +206,8 @@ class Pipeline:
 
     `run` raises what `Journal.record` raises besides `StoreUnavailable`: that is a bug, and since nothing of
     the batch was acknowledged, a restart loses nothing. With a `spool`, what an earlier run left in it is
-    committed first, and `spooling` is told on the event loop whenever something about it changes.
+    committed first, and `spooling` is told on the event loop whenever something about it changes; `lost` is
+    told what was damaged in it.
     """
 
     def __init__(
@@ -187,6 +217,7 @@ class Pipeline:
         *,
         spool: Spool | None = None,
         spooling: Callable[[Spooling], None] = lambda _: None,
+        lost: Losing | None = None,
         writers: int = WRITERS,
         batch_max: int = BATCH_MAX,
         backlog_bytes_max: int = BACKLOG_BYTES_MAX,
@@ -198,6 +229,7 @@ class Pipeline:
         self._observer = observer
         self._spool = spool
         self._spooling = spooling
+        self._losing = lost
         self._batch_max = batch_max
         self._backlog_bytes_max = backlog_bytes_max
         self._spool_bytes = backlog_bytes_max * SPOOL_SHARE if spool is not None else math.inf
@@ -209,6 +241,7 @@ class Pipeline:
         self._room.set()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._settled = asyncio.Event()
         self._alarm: asyncio.TimerHandle | None = None
         self._at_risk = asyncio.Event()
         self._securing = False
@@ -226,7 +259,8 @@ class Pipeline:
         """False while the store does not answer."""
         for left in spool.left() if spool is not None else ():
             lane = self._lanes[left.account % writers]
-            lane.spooled.append(_Waiting(None, _nobody, left.notifications, 0, left.place))
+            waiting = _Waiting(None, left.account, left.until, _nobody, left.notifications, 0, left.place)
+            lane.spooled.append(waiting)
             lane.filled.set()
             self.spooled_notifications += left.notifications
         self._count(self.spooled_notifications, 0)
@@ -240,7 +274,8 @@ class Pipeline:
         """
         size_bytes = sum(len(one.raw) for one in heard)
         lane = self._lanes[heard[0].account % len(self._lanes)]
-        lane.queue.append(_Waiting(list(heard), committed, len(heard), size_bytes))
+        last = heard[-1].received_at
+        lane.queue.append(_Waiting(list(heard), heard[0].account, last, committed, len(heard), size_bytes))
         self._count(len(heard), size_bytes)
         lane.filled.set()
         if lane.silent:
@@ -251,16 +286,19 @@ class Pipeline:
         """Writes until cancelled."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                for number, lane in enumerate(self._lanes):
-                    tasks.create_task(self._write(lane), name=f"writer-{number}")
                 if self._spool is not None:
                     tasks.create_task(self._save(self._spool), name="spool")
+                    await self._settle(self._spool)
+                self._settled.set()
+                for number, lane in enumerate(self._lanes):
+                    tasks.create_task(self._write(lane), name=f"writer-{number}")
         finally:
             if self._alarm is not None:
                 self._alarm.cancel()
 
     async def drain(self) -> None:
-        """Returns when everything that was heard is committed; bound it with a timeout."""
+        """Returns when all that was heard is committed, or told to be lost; bound it with a timeout."""
+        await self._settled.wait()
         await self._idle.wait()
 
     async def secure(self) -> None:
@@ -405,9 +443,11 @@ class Pipeline:
         return batch
 
     async def _recalled(self, taken: Sequence[_Waiting]) -> list[list[Heard]]:
-        """The messages of deliveries, those of the spool read back. One that is damaged has none left."""
+        """The messages of deliveries, those of the spool read back. One that is damaged has none left, and
+        that is told."""
         away = [each for each in taken if each.heard is None]
         read: dict[int, list[Heard]] = {}
+        damaged: list[_Waiting] = []
         if self._spool is not None and away:
             places = [each.place for each in away if each.place is not None]
             for each, heard in zip(away, await asyncio.to_thread(self._spool.read, places), strict=True):
@@ -415,8 +455,33 @@ class Pipeline:
                     each.heard = []
                     self._set_aside += 1
                     self._tell()
+                    damaged.append(each)
                 read[id(each)] = heard or []
+        if damaged:
+            await self._lost(taken, damaged)
         return [each.heard if each.heard is not None else read[id(each)] for each in taken]
+
+    async def _lost(self, taken: Sequence[_Waiting], damaged: Sequence[_Waiting]) -> None:
+        """Tells of deliveries that cannot be read; returns when that is durable."""
+        before: dict[int, datetime] = {}
+        missing: dict[bool, list[Missing]] = {True: [], False: []}
+        for each in taken:
+            if any(each is one for one in damaged):
+                lost = Missing(each.account, each.until, before.get(each.account))
+                missing[each.committed is _nobody].append(lost)
+            else:
+                before[each.account] = each.until
+        for left, told in missing.items():
+            if told and self._losing is not None:
+                await self._losing(told, left)
+
+    async def _settle(self, spool: Spool) -> None:
+        """Tells first what is damaged of an earlier run: later nobody could say what it is newer than."""
+        lost = spool.lost()
+        if lost.missing and self._losing is not None:
+            await self._losing(lost.missing, True)
+        if lost.places:
+            await asyncio.to_thread(spool.release, lost.places)
 
     async def _release(self, spooled: Sequence[_Waiting]) -> None:
         """What came from the spool is committed, and needed there no more."""

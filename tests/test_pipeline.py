@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import asyncpg
 import pytest
 
-from listener.core.calls import Cover, Entry, Heard, Recorded
+from listener.core.calls import Cover, Entry, Heard, Missing, Recorded
 from listener.core.decode import decode
 from listener.errors import StoreUnavailable
 from listener.pipeline import RETRY_S, RETRY_S_MAX, Pipeline, Spooling
@@ -718,13 +719,21 @@ async def test_a_full_spool_makes_hear_wait_and_drops_nothing(tmp_path: Path) ->
 
 
 async def test_a_delivery_that_was_damaged_in_the_spool_holds_up_nothing(tmp_path: Path) -> None:
-    """It is set aside and counted, and its session goes on; all others are stored."""
+    """It is set aside and counted, and its session goes on; all others are stored. Before anything newer is,
+    it is told what is missing: since the delivery before it, where that is in the same batch."""
     journal = MemoryJournal()
     journal.available = False
     said = line(1)
     committed: list[int] = []
-    async with spooling(journal, tmp_path / "spool") as (pipeline, seen):
+    told: list[tuple[Missing, bool]] = []
+
+    async def lost(missing: Sequence[Missing], left: bool) -> None:
+        told.extend((each, left) for each in missing)
+        assert max((one.position for one in journal.stored(1)), default=0) < 3
+
+    async with spooling(journal, tmp_path / "spool", lost=lost) as (pipeline, seen):
         for number in range(5):
+            said.at = HEARD_AT + timedelta(seconds=number)
             await pipeline.hear(said.next(), partial(committed.append, number))
         await until(lambda: pipeline.spooled_notifications == 5)
         (path,) = (tmp_path / "spool").glob("*.spool")
@@ -737,6 +746,44 @@ async def test_a_delivery_that_was_damaged_in_the_spool_holds_up_nothing(tmp_pat
     assert committed == [0, 1, 2, 3, 4]
     assert seen.said[-1].set_aside == 1
     assert [path.suffix for path in (tmp_path / "spool").iterdir() if path.name != "lock"] == [".damaged"]
+    assert told == [(Missing(1, said.said[2].received_at, said.said[1].received_at), False)]
+
+
+async def test_what_is_damaged_of_an_earlier_run_is_told_before_anything_is_committed(tmp_path: Path) -> None:
+    """And before it is forgotten: who is killed while telling it tells it again. Then all that is left is
+    stored."""
+    place = tmp_path / "spool"
+    said = [line(1), line(2)]
+    spool = Spool.open(place)
+    for each in (*said, *said):
+        spool.append([each.next(2)])
+    spool.close()
+    (path,) = place.glob("*.spool")
+    content = bytearray(path.read_bytes())
+    content[content.index(said[0].said[0].raw) + 5] ^= 1
+    path.write_bytes(content)
+    journal = MemoryJournal()
+    told: list[tuple[Missing, bool]] = []
+    durable = asyncio.Event()
+
+    async def lost(missing: Sequence[Missing], left: bool) -> None:
+        told.extend((each, left) for each in missing)
+        await durable.wait()
+
+    for killed in (True, False):
+        async with spooling(journal, place, lost=lost) as (pipeline, _), asyncio.TaskGroup() as tasks:
+            await until(lambda: bool(told))
+            draining = tasks.create_task(pipeline.drain())
+            await turns()
+            assert told == [(Missing(1, HEARD_AT), True)]
+            assert (journal.batches, draining.done()) == ([], False)
+            if killed:
+                draining.cancel()
+                told.clear()
+            else:
+                durable.set()
+    assert (journal.stored(1), journal.stored(2)) == (said[0].said[2:], said[1].said)
+    assert [each.suffix for each in place.iterdir() if each.name != "lock"] == [".damaged"]
 
 
 async def test_secure_puts_on_disk_what_waits_and_the_next_run_stores_it_first(tmp_path: Path) -> None:

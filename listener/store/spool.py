@@ -14,7 +14,13 @@ can pass for a record. CRC-32 is against damage, not against people.
 
 **Recovery.** Segments are only ever appended to, by the process that began them. What a crash cut short at
 the end of the last one was never reported as written: it is cut off. Anything else that is no whole record is
-damage: it is copied into a `.damaged` file beside its segment, counted, and the rest goes on.
+damage: it is copied into a `.damaged` file beside its segment, counted, and the rest goes on. What may be
+missing with it is told (`Spool.lost`), and until then its segment stays.
+
+Whose a damaged stretch was is believed only where it is one record whose header and payload name the same
+account; else it may have been anybody's. The records of an account lie in the order in which they were
+received, so what is missing was received between the one before the damage and the one after it. Behind the
+last one it was received before its segment was last written to, by the clock of the file system.
 
 Every method blocks, and may be called from any thread.
 """
@@ -34,7 +40,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from listener.core.calls import Heard
+from listener.core.calls import Heard, Missing
 from listener.errors import SpoolFull, StoreError
 
 BYTES_MAX = 2**30
@@ -45,6 +51,9 @@ SEGMENT_BYTES_MAX = 32 * 2**20
 
 DELIVERIES_MAX = 500_000
 """Deliveries in the spool: who waits for each is remembered, in some 400 bytes of memory. Full beyond it."""
+
+MISSING_MAX = 10_000
+"""Stretches in which something may be missing: of more, each account's become one, which is longer."""
 
 _MAGIC = b"LSNSPOL\x01"
 _HEADER = struct.Struct(">8s8sI")
@@ -57,6 +66,7 @@ _MICROSECOND = timedelta(microseconds=1)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[Heard]).decode
+_ACCOUNT = _encode("account")
 
 Place = tuple[int, int, int]
 """Where a delivery lies: segment, offset, length of the record."""
@@ -69,6 +79,16 @@ class Spooled(Struct, frozen=True, gc=False):
     account: int
     notifications: int
     received_at: datetime
+    until: datetime
+    """All of it was received by then."""
+
+
+class Lost(Struct, frozen=True):
+    """What an earlier run left, and nobody can read any more."""
+
+    places: tuple[Place, ...] = ()
+    """To be released when it is known of all that is missing."""
+    missing: tuple[Missing, ...] = ()
 
 
 class SegmentReport(Struct, frozen=True):
@@ -113,7 +133,7 @@ class _Segment(Struct):
     size_bytes: int
     oldest: datetime | None = None
     live: int = 0
-    """Records that are not released."""
+    """Records, and damaged stretches, that are not released."""
     keep: bool = False
     """Something in it could not be set aside: it stays."""
 
@@ -124,6 +144,16 @@ class _Scan(Struct):
     """Offset, length, account, notifications and microseconds of each record."""
     damaged: list[tuple[int, int]] = []
     torn_bytes: int = 0
+
+
+class _Found(Struct, frozen=True):
+    """A record, or a damaged stretch, of an earlier run; moments are microseconds since 1970."""
+
+    account: int | None
+    at: int | None
+    """When it was received."""
+    written_at: int | None = None
+    """Of a stretch: it had been received by then. None for a record that is whole."""
 
 
 class Spool:
@@ -139,6 +169,7 @@ class Spool:
     ) -> None:
         self.directory = directory
         self._found: list[Spooled] = []
+        self._unreadable = Lost()
         self.size_bytes = 0
         self.damaged = 0
         """Stretches set aside since `open`."""
@@ -209,6 +240,12 @@ class Spool:
         is given once."""
         found, self._found = self._found, []
         return found
+
+    def lost(self) -> Lost:
+        """What an earlier run left and is damaged: to be told before anything of `left` is committed, and
+        then released. It is given once."""
+        lost, self._unreadable = self._unreadable, Lost()
+        return lost
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -350,7 +387,8 @@ class Spool:
         segment.keep |= not content
 
     def release(self, places: Iterable[Place]) -> None:
-        """These deliveries are committed. A segment of which nothing is needed any more is removed."""
+        """These deliveries are committed, or told to be lost. A segment of which nothing is needed any more
+        goes."""
         with self._lock:
             for number, _, _ in places:
                 segment = self._segments[number]
@@ -394,27 +432,90 @@ class Spool:
             # A number is not given again: what was set aside would be overwritten.
             self._next = max(self._next, int("0" + path.stem.partition("-")[0]) + 1)
         paths = _segments(self.directory)
+        places: list[Place] = []
+        story: list[_Found] = []
         for path in paths:
             number = int(path.stem)
+            written_at = path.stat().st_mtime_ns // 1000
             content = path.read_bytes()
             scan = _scan(content, path, last=path is paths[-1])
             segment = _Segment(path, scan.mark, len(content) - scan.torn_bytes)
             if scan.torn_bytes:
                 self.torn_bytes += scan.torn_bytes
                 os.truncate(path, segment.size_bytes)
-            for offset, length in scan.damaged:
-                self._set_aside(segment, offset, content[offset : offset + length])
             self._next = max(self._next, number + 1)
             self._segments[number] = segment
             self.size_bytes += segment.size_bytes
-            segment.live = len(scan.found)
+            segment.live = len(scan.found) + len(scan.damaged)
             self._deliveries += segment.live
+            # A clock that was set back must not end a gap before what is missing.
+            written_at = max([written_at, *(at for *_, at in scan.found)])
+            parts: list[tuple[int, _Found]] = []
+            for offset, length in scan.damaged:
+                self._set_aside(segment, offset, content[offset : offset + length])
+                places.append((number, offset, length))
+                account, at = _whose(content[offset : offset + length], scan.mark)
+                parts.append((offset, _Found(account, at, written_at)))
             for offset, length, account, notifications, at in scan.found:
-                received_at = _EPOCH + at * _MICROSECOND
+                received_at, until = _moment(at), _moment(written_at)
                 segment.oldest = segment.oldest or received_at
-                self._found.append(Spooled((number, offset, length), account, notifications, received_at))
+                place = number, offset, length
+                self._found.append(Spooled(place, account, notifications, received_at, until))
+                parts.append((offset, _Found(account, at)))
+            story += [part for _, part in sorted(parts, key=lambda each: each[0])]
             if not segment.live:
                 self._remove(number)
+        if places:
+            self._unreadable = Lost(tuple(places), tuple(_missing(story)))
+
+
+def _missing(story: Sequence[_Found]) -> list[Missing]:
+    """What may be missing of each account that the story names; and of no account by name, what may be
+    missing of those that it does not."""
+    found: list[tuple[int | None, int | None, int]] = []
+    before: dict[
+        int, tuple[int | None, int]
+    ] = {}  # when it was last received, and how many doubts were there
+    own: dict[int, int] = {}  # damage that is known to be this account's, since then
+    doubts = doubts_until = 0
+    for each in story:
+        if each.account is None:
+            doubts += 1
+            doubts_until = max(doubts_until, each.written_at or 0)
+            continue
+        last, doubted = before.get(each.account, (None, 0))
+        if each.at is None:
+            own[each.account] = max(own.get(each.account, 0), each.written_at or 0)
+            before[each.account] = last, doubted
+            continue
+        if each.written_at is not None or own.pop(each.account, None) is not None or doubts > doubted:
+            found.append((each.account, last, each.at))
+        before[each.account] = each.at, doubts
+    for account, (last, doubted) in before.items():
+        until = max(own.get(account, 0), doubts_until if doubts > doubted else 0)
+        if until:
+            found.append((account, last, until))
+    if len(found) > MISSING_MAX:
+        found = _coarser(found)
+    if doubts:
+        found.append((None, None, doubts_until))
+    return [
+        Missing(account, _moment(until), None if since is None else _moment(since))
+        for account, since, until in found
+    ]
+
+
+def _coarser(found: Sequence[tuple[int | None, int | None, int]]) -> list[tuple[int | None, int | None, int]]:
+    """One stretch for each account: from the first beginning to the last end."""
+    whole: dict[int | None, tuple[int | None, int]] = {}
+    for account, since, until in found:
+        first, last = whole.get(account, (since, until))
+        whole[account] = (None if first is None or since is None else min(first, since)), max(last, until)
+    return [(account, since, until) for account, (since, until) in whole.items()]
+
+
+def _moment(at: int) -> datetime:
+    return _EPOCH + at * _MICROSECOND
 
 
 # ── the format ────────────────────────────────────────────────────────────────────────────────────────
@@ -464,6 +565,25 @@ def _whole(content: bytes, at: int, mark: bytes, *, check: bool = True) -> int:
         if zlib.crc32(memoryview(content)[at + _RECORD.size : end], seen) != checksum:
             return 0
     return int(end - at)
+
+
+def _whose(stretch: bytes, mark: bytes) -> tuple[int | None, int | None]:
+    """The account of a damaged record, and when it was received; None where its two copies do not agree, or
+    the stretch is not one record."""
+    if _whole(stretch, 0, mark, check=False) != len(stretch):
+        return None, None
+    _, _, account, notifications, at, _ = _RECORD.unpack_from(stretch)
+    payload = stretch[_RECORD.size :]
+    try:
+        heard = _decode(payload)
+    except (msgspec.MsgspecError, ValueError, OverflowError):  # also what damaged text and moments raise
+        # The account is the first field of the first message, behind the heads of the list and of the map.
+        named = payload.find(_ACCOUNT + _encode(account), 0, 32)
+        return (account if named in (2, 4, 6) else None), None
+    moments = {(one.received_at - _EPOCH) // _MICROSECOND for one in heard}
+    if len(heard) != notifications or {one.account for one in heard} != {account}:
+        return None, None
+    return account, at if moments == {at} else None
 
 
 def _scan(content: bytes, path: Path, *, last: bool) -> _Scan:

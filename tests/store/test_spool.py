@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from listener.core.calls import Heard, Source
+from listener.core.calls import Heard, Missing, Source
 from listener.errors import SpoolFull, StoreError
 from listener.store import spool as spool_module
 from listener.store.spool import Spool, inspect
@@ -271,12 +272,126 @@ def test_a_damaged_record_is_set_aside_and_the_rest_goes_on(tmp_path: Path) -> N
         assert aside.stat().st_mode & 0o777 == 0o600
     spool = Spool.open(directory)
     spool.release([each.place for each in spool.left()])
+    assert segments(directory) == [path], "it is not told yet what is missing"
+    spool.release(spool.lost().places)
     assert segments(directory) == []
     assert aside.exists()
     spool.close()
     spool = Spool.open(directory)
     assert spool.append(deliveries(1))[0][0] == 2
     spool.close()
+
+
+def told(directory: Path, said: Sequence[list[Heard]], *damage: tuple[int, int, bytes]) -> list[Missing]:
+    """What the next process says is missing when, of these deliveries, so many bytes from the beginning of
+    the records with these numbers are other ones; the file was last written to at 08:10."""
+    spool = Spool.open(directory)
+    places = spool.append(said)
+    spool.close()
+    (path,) = segments(directory)
+    content = bytearray(path.read_bytes())
+    for number, behind, other in damage:
+        at = places[number][1] + behind
+        content[at : at + len(other)] = other
+    path.write_bytes(content)
+    written_at = minutes(10).timestamp()
+    os.utime(path, (written_at, written_at))
+    spool = Spool.open(directory)
+    lost = spool.lost()
+    assert len(lost.places) == spool.damaged > 0
+    assert spool.lost().places == ()
+    spool.release(lost.places)
+    spool.close()
+    return list(lost.missing)
+
+
+def minutes(count: float) -> datetime:
+    """So long after the beginning."""
+    return AT + timedelta(minutes=count)
+
+
+def spoken(*accounts: int) -> list[list[Heard]]:
+    """A delivery of each account, in turn, a minute after the other."""
+    lines = {account: Said(account, f"stream-{account}") for account in accounts}
+    found = []
+    for number, account in enumerate(accounts):
+        lines[account].at = minutes(number)
+        found.append(lines[account].next(2))
+    return found
+
+
+def payload(heard: list[Heard]) -> bytes:
+    """What a record of these messages holds."""
+    return msgspec.msgpack.encode(heard)
+
+
+HEAD = 36
+"""Bytes before the payload of a record."""
+
+
+def test_what_is_missing_was_heard_by_the_account_that_header_and_payload_name(tmp_path: Path) -> None:
+    """A record whose account and time are there twice says exactly when; one of which only the account can
+    still be read was received between its neighbours of that account, or before the file's last write."""
+    said = spoken(1, 2, 1, 2, 1, 2)
+    raw = HEAD + payload(said[2]).index(b"Ringing")
+    assert told(tmp_path / "text", said, (2, raw, b"rinGing")) == [Missing(1, minutes(2), minutes(0))]
+    name = HEAD + payload(said[2]).index(b"channel")
+    assert told(tmp_path / "name", said, (2, name, b"\xc1")) == [Missing(1, minutes(4), minutes(0))]
+    assert told(tmp_path / "first", said, (0, name, b"\xc1")) == [Missing(1, minutes(2), None)]
+    assert told(tmp_path / "last", said, (5, name, b"\xc1")) == [Missing(2, minutes(10), minutes(3))]
+    assert told(tmp_path / "time", said, (5, 28, b"\x07")) == [Missing(2, minutes(10), minutes(3))]
+    twice = [Missing(1, minutes(2), None), Missing(1, minutes(10), minutes(2))]
+    assert told(tmp_path / "two", said, (0, name, b"\xc1"), (4, name, b"\xc1")) == twice
+
+
+@pytest.mark.parametrize(
+    ("behind", "other"), [(12, b"\x07"), (4, b"\x07"), (HEAD + 10, b"\x07"), (-20, bytes(60))]
+)
+def test_what_may_have_been_anybodys_is_missing_of_everybody(
+    behind: int, other: bytes, tmp_path: Path
+) -> None:
+    """Where the account of a record is not what its other copy says, where the record does not begin or end
+    where it should: of each account between its neighbours, and of those that have none here
+    before the file's last write."""
+    said = spoken(1, 2, 3, 1, 2)
+    missing = told(tmp_path / "spool", said, (2, behind, other))
+    lost_two = behind < 0
+    assert missing == [
+        Missing(1, minutes(3), minutes(0)),
+        *([] if lost_two else [Missing(2, minutes(4), minutes(1))]),
+        *([Missing(2, minutes(4), None)] if lost_two else []),
+        Missing(None, minutes(10)),
+    ]
+
+
+def test_of_a_segment_without_a_header_everything_is_missing(tmp_path: Path) -> None:
+    """Nobody knows what it held; the segments before and after it say between what."""
+    directory = tmp_path / "spool"
+    written(directory, spoken(1, 2, 1, 2), segment_bytes_max=300)
+    first, second, third, *_ = segments(directory)
+    second.write_bytes(bytes(500))
+    for number, path in enumerate((first, second, third)):
+        os.utime(path, (minutes(10 + number).timestamp(),) * 2)
+    spool = Spool.open(directory)
+    spool.close()
+    assert set(spool.lost().missing) == {
+        Missing(1, minutes(2), minutes(0)),
+        Missing(2, minutes(3), None),
+        Missing(None, minutes(11)),
+    }
+
+
+def test_of_very_much_damage_each_account_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its first stretch to its last: more is not observed, and it is bounded."""
+    monkeypatch.setattr(spool_module, "MISSING_MAX", 2)
+    said = spoken(1, 2, 1, 2, 1, 2, 1)
+    damage = [(number, 12, b"\x07") for number in (1, 3, 5)]
+    assert told(tmp_path / "spool", said, *damage) == [
+        Missing(1, minutes(6), minutes(0)),
+        Missing(None, minutes(10)),
+    ]
 
 
 def test_damage_that_shows_only_when_it_is_read_back_is_set_aside_too(tmp_path: Path) -> None:
@@ -354,6 +469,12 @@ def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         inspect(directory)
 
 
+def _tells(one: Missing, lost: Heard, missing: Sequence[Missing]) -> bool:
+    """Whether the loss of a message is told by one of these."""
+    whose = {lost.account} if lost.account in {each.account for each in missing} else {None}
+    return one.account in whose and (one.since or lost.received_at) <= lost.received_at <= one.until
+
+
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - a directory of its own is made there
 """Where an fsync takes no time, as thousands of them happen here."""
 
@@ -378,7 +499,10 @@ def test_whatever_happens_to_the_files_only_what_was_hit_is_lost(
 ) -> None:
     """Any appends, then a crash at any byte of the last segment and one byte changed anywhere: recovery does
     not fail, gives what was not hit, in order, and says what it left out. Twice is as once."""
-    said = [deliveries(1, account=account, size=size, padding=pad)[0] for account, size, pad in shapes]
+    said = [
+        Said(account, f"stream-{account}", padding=pad, at=minutes(number)).next(size)
+        for number, (account, size, pad) in enumerate(shapes)
+    ]
     with tempfile.TemporaryDirectory(dir=MEMORY) as place:
         directory = Path(place) / "spool"
         spool = Spool.open(directory, segment_bytes_max=segment_bytes_max)
@@ -397,6 +521,7 @@ def test_whatever_happens_to_the_files_only_what_was_hit_is_lost(
             }
             torn = True
         flipped = False
+        struck: set[int] = set()
         if flip is not None:
             sizes = [path.stat().st_size for path in files]
             target = int(flip[0] * sum(sizes))
@@ -409,14 +534,17 @@ def test_whatever_happens_to_the_files_only_what_was_hit_is_lost(
                         n
                         for n, (s, offset, length) in enumerate(places)
                         if s == number and offset <= target < offset + length
-                    }
-                    flipped = bool(struck - hit)
+                    } - hit
+                    flipped = bool(struck)
                     hit |= struck
                     if cut and number == len(files) and target < 40 and size < 40:
                         flipped = False
                 target -= size
         first, heard = recovered(directory)
         assert heard == [each for n, each in enumerate(said) if n not in hit]
+        missing = first.lost().missing
+        if not first.torn_bytes:
+            assert all(any(_tells(one, said[n][0], missing) for one in missing) for n in struck)
         if flipped:
             assert first.damaged + (first.torn_bytes > 0) >= 1
         elif flip is None:

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from listener.core.calls import Cover, Entry, Heard, Recorded
+from listener.core.calls import Cover, Entry, Heard, Missing, Recorded
 from listener.core.session import Saved
 from listener.errors import StoreUnavailable
 
@@ -68,6 +68,8 @@ class MemoryJournal:
         """What was committed, transaction by transaction."""
         self.covers: list[Cover] = []
         self.sessions: dict[int, Saved] = {}
+        self.missing: list[tuple[Missing, bool]] = []
+        """What was lost, and whether a start said so."""
         self.beats: list[tuple[frozenset[int], datetime]] = []
         self._positions: dict[str, int] = {}
         self._held: set[int] = set()
@@ -115,6 +117,14 @@ class MemoryJournal:
         """Writes a heartbeat down."""
         await self._answer()
         self.beats.append((frozenset(accounts), at))
+
+    async def lose(
+        self, missing: Sequence[Missing], restarted_at: datetime | None
+    ) -> list[tuple[int, datetime, datetime]]:
+        """Writes down what is missing; what gaps it makes is for the real one to say."""
+        await self._answer()
+        self.missing.extend((each, restarted_at is not None) for each in missing)
+        return []
 
     async def _answer(self) -> None:
         await asyncio.sleep(0)  # a transaction takes at least a turn of the loop
