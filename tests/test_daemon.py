@@ -5,9 +5,9 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -906,3 +906,86 @@ async def test_what_an_earlier_run_left_in_the_spool_is_stored_before_its_sessio
     assert [tuple(row) for row in stored] == [(one.position, one.raw) for one in said.said]
     assert str(last) != said.stream
     assert list(settings.spool_directory().glob("*.spool")) == []
+
+
+async def lasting(sql: asyncpg.Connection, name: str) -> list[asyncpg.Record]:
+    """An account's coverage in order, without what lasted no time; it has no hole."""
+    rows = await sql.fetch(
+        "SELECT since, until, cause FROM coverage c JOIN account a ON a.id = c.account_id"
+        " WHERE a.name = $1 ORDER BY since, c.id",
+        name,
+    )
+    assert all(row["until"] == following["since"] for row, following in pairwise(rows))
+    return [row for row in rows if row["since"] != row["until"]]
+
+
+def damage(settings: Settings, words: bytes, *, behind: float = 0.0) -> None:
+    """Changes a bit of a message in the spool: where these words come, behind that share of the file."""
+    (path,) = settings.spool_directory().glob("*.spool")
+    content = bytearray(path.read_bytes())
+    content[content.index(words, int(behind * len(content))) + 5] ^= 1
+    path.write_bytes(content)
+
+
+async def test_what_is_damaged_in_the_spool_of_an_earlier_run_is_a_gap_although_its_session_goes_on(
+    database: str, sql: asyncpg.Connection
+) -> None:
+    """The server kept everything since, so that the gap of the restart is none: but what is lost stays a gap
+    of its account, which is told, counted and as long as can be known; of the others there is none."""
+    async with centre(accounts=2) as simulator:
+        settings = settings_for(simulator, database)
+        async with InProcess(settings).running():
+            await until_kept(sql, 2)
+        name, other = simulator.accounts
+        number = await sql.fetchval("SELECT id FROM account WHERE name = $1", name)
+        stopped_at = (await lasting(sql, name))[-1]["since"]
+        said = Said(number, str(uuid4()))
+        spool = Spool.open(settings.spool_directory())
+        for turn in range(1, 4):
+            said.at = stopped_at + timedelta(milliseconds=turn)
+            spool.append([said.next(2)])
+        spool.close()
+        damage(settings, said.said[2].raw)
+        async with InProcess(settings).running() as listener:
+            assert await listener.metric("listener_handshakes_total") == 0
+            assert await listener.metric("listener_gap_seconds_total", cause="spool damaged") > 0
+            assert await listener.metric("listener_spool_set_aside_total") == 1
+            rows = await lasting(sql, name)
+            assert [row["cause"] for row in rows[-4:]] == ["", "", "spool damaged", ""]
+            gap = rows[-2]
+            assert gap["since"] == said.said[1].received_at > stopped_at
+            assert gap["until"] == said.said[3].received_at + timedelta(microseconds=1)
+        assert (await causes(sql, other)) == ["not started", "", "stopped"]
+    stored = await sql.fetch(
+        "SELECT position FROM notification WHERE stream_id = $1 ORDER BY id", said.stream
+    )
+    assert [row[0] for row in stored] == [1, 2, 5, 6]
+
+
+async def test_what_is_damaged_in_the_spool_while_it_runs_is_a_gap(
+    fragile: Fragile, fragile_database: str
+) -> None:
+    """PostgreSQL is away, and a bit of what waits for it on disk changes meanwhile: the account was observed
+    before and after that delivery, and not while it came."""
+    async with centre(accounts=1, ack=False, max_interval_ms=20_000) as simulator:
+        settings = settings_for(simulator, fragile_database)
+        (name,) = simulator.accounts
+        async with InProcess(settings).running() as listener:
+            async with fragile.away():
+                await simulator.play(notifications=200)
+                await simulator.drained()
+
+                async def spooled() -> bool:
+                    return await listener.metric("listener_spool_notifications") >= 200
+
+                await until(spooled)
+                damage(settings, b"notificationType", behind=0.5)
+            await until(partial(empty, listener))
+            await until(lambda: not listener.daemon.not_ready())
+            connection = await asyncpg.connect(fragile_database)
+            try:
+                rows = await lasting(connection, name)
+            finally:
+                await connection.close()
+            assert [row["cause"] for row in rows] == ["not started", "", "spool damaged", ""]
+            assert rows[2]["until"] - rows[2]["since"] < timedelta(seconds=10)
