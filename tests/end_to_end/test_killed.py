@@ -1,14 +1,17 @@
 """`listener run` under load, killed and started again: the first three promises, as one would break them."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import asyncpg
 import pytest
@@ -18,9 +21,10 @@ from listener.simulator.centre import Simulator
 from listener.simulator.scripts import Dialect, Quirks
 from listener.simulator.settings import SimulatorSettings
 from listener.store.embedded import Embedded
+from listener.store.spool import inspect
 from tests.support import killing
 from tests.support.killing import Point
-from tests.support.outage import uncommitted
+from tests.support.outage import Fragile, uncommitted
 from tests.support.running import Centre, Child, InProcess, child, configuration, short_place, until
 from tests.support.truth import compare
 
@@ -155,6 +159,64 @@ def kill_postgres(place: Path) -> None:
     """Kills the bundled server as a power cut would: nothing is written any more."""
     pid = int((place / "data" / "postmaster.pid").read_text().split()[0])
     os.kill(pid, signal.SIGKILL)
+
+
+async def test_what_was_damaged_on_disk_after_a_kill_is_a_gap_in_every_answer(
+    fragile: Fragile, fragile_database: str, tmp_path: Path
+) -> None:
+    """PostgreSQL is away, the listener is killed, and a bit of what waits on disk changes: the next start
+    stores the rest, and `listener coverage` names the gap, its cause and its account, and no other one."""
+    async with Simulator(SimulatorSettings(accounts=2, rate=RATE, ack=False)) as simulator:
+        centre = Centre("lab", simulator)
+        config = tmp_path / "listener.toml"
+        config.write_text(configuration(f'dsn = "{fragile_database}"', centre))
+        async with child(config) as listener:
+            async with fragile.away():
+                await simulator.play(notifications=200)
+                await until(partial(spooled, listener, 200))
+                await listener.kill()
+            (path,) = (tmp_path / "spool").glob("*.spool")
+            content = bytearray(path.read_bytes())
+            at = content.index(b"notificationType", len(content) // 2)
+            content[at] ^= 1
+            path.write_bytes(content)
+            report = inspect(tmp_path / "spool")
+            assert (report.damaged, report.set_aside) == (1, {})
+            await listener.start()
+            assert await listener.metric("listener_gap_seconds_total", cause="spool damaged") > 0
+            gaps = await answered(config)
+            assert await listener.stop() == 0
+    found = {account: {gap["cause"] for gap in told} for account, told in gaps.items()}
+    assert sorted(found.values(), key=len) == [{"not started"}, {"not started", "spool damaged"}]
+    (lost,) = [gap for told in gaps.values() for gap in told if gap["cause"] == "spool damaged"]
+    connection = await asyncpg.connect(fragile_database)
+    try:
+        hidden = await connection.fetchval(
+            "SELECT count(*) FROM notification n JOIN account a ON a.id = n.account_id"
+            " WHERE a.name = $1 AND received_at > $2 AND received_at < $3",
+            next(account for account, told in gaps.items() if lost in told),
+            datetime.fromisoformat(lost["since"]),
+            datetime.fromisoformat(lost["until"]),
+        )
+    finally:
+        await connection.close()
+    assert hidden == 0, "the gap is no longer than what is missing"
+
+
+async def spooled(listener: Child, count: int) -> bool:
+    """Whether so many messages are on disk."""
+    return await listener.metric("listener_spool_notifications") >= count
+
+
+async def answered(config: Path) -> dict[str, list[dict[str, Any]]]:
+    """The gaps of each account, as the command tells them."""
+    command = "-m", "listener", "coverage", "-c", str(config), "--last", "1h", "--gaps", "-o", "json"
+    asked = await asyncio.create_subprocess_exec(
+        sys.executable, *command, stdout=asyncio.subprocess.PIPE, cwd=config.parent
+    )
+    told, _ = await asked.communicate()
+    assert asked.returncode == 0
+    return {each["account"]: each["gaps"] for each in json.loads(told)["accounts"]}
 
 
 async def test_a_second_signal_ends_it_at_once(database: str, tmp_path: Path) -> None:
