@@ -26,8 +26,6 @@ from listener.adapters.click2dial import (
     Click2DialWebhook,
 )
 from listener.adapters.noojee import (
-    POLL_MARGIN_S,
-    POLL_S,
     Noojee,
     NoojeeEvents,
     NoojeeHeard,
@@ -190,7 +188,7 @@ class DialRoom:
         )
         if not (pbx.subscribe and accounts):
             return None
-        watch = self._heard(name, accounts, pipeline, ledger, POLL_S + POLL_MARGIN_S)
+        watch = self._heard(name, accounts, pipeline, ledger)
         kept = _Place(self._settings.spool_directory() / f"noojee-{name}.place")
         events = NoojeeEvents(
             name, pbx.base_url, api_key, _Ears(watch, kept), place=kept.read(), tls=tls, wall=self._wall
@@ -232,7 +230,12 @@ class DialRoom:
         return Click2DialLists(pbx.redis_url.get_secret_value(), records, name=name, wall=self._wall).run()
 
     def _heard(
-        self, name: str, accounts: Mapping[str, int], pipeline: Pipeline, ledger: Ledger, answers_s: float
+        self,
+        name: str,
+        accounts: Mapping[str, int],
+        pipeline: Pipeline,
+        ledger: Ledger,
+        answers_s: float | None = None,
     ) -> PbxWatch:
         watch = PbxWatch(
             name,
@@ -297,6 +300,10 @@ class _Ears:
     def keep(self, place: NoojeePlace) -> None:
         """Everything up to here is stored."""
         self._kept.write(place)
+
+    def answered(self, until: datetime) -> None:
+        """Everything until then was handed on."""
+        self._watch.answered(until)
 
     def covered(self, cause: str, detail: str, at: datetime) -> None:
         """Whether the PBX is heard."""

@@ -7,7 +7,8 @@ its exact bytes. The dials come first: who asks again after a crash is told the 
 it. Only then may the adapter let its PBX forget it.
 
 What names no extension that the settings have is kept too, under the PBX's first account: nothing that was
-observed is refused. The accounts of a PBX are observed together, and their gaps are those of the PBX.
+observed is refused. The accounts of a PBX are observed together, and their gaps are those of the PBX. Of one
+that dies with us they count as observed up to when the PBX had told everything and all of it was durable.
 
 It refuses to know HTTP, Redis and SQL.
 """
@@ -56,8 +57,8 @@ class Covers(Protocol):
 
 class PbxWatch:
     """One PBX. `accounts` are the ids of its accounts by extension, at least one. `answers_s` is how old the
-    newest answer of the PBX may be while it is heard. `gap` is told how long the accounts were not observed,
-    and why, whenever they are again."""
+    newest answer of the PBX may be while it is heard; None where `answered` says it. `gap` is told how long
+    the accounts were not observed, and why, whenever they are again."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class PbxWatch:
         dials: Dials,
         pipeline: Hears,
         ledger: Covers,
-        answers_s: float,
+        answers_s: float | None,
         wall: Callable[[], datetime],
         gap: Callable[[str, float], None] = lambda _cause, _seconds: None,
         since: datetime | None = None,
@@ -86,6 +87,11 @@ class PbxWatch:
         self._lost_at: datetime | None = since
         self._cause = "not started"
         self._tell_s = tell_s
+        self._answered_until: datetime | None = None
+        self._takes = 0
+        self._undurable: dict[int, datetime | None] = {}
+        """Of each take that is not committed, until when all before it was told. As many as the pipeline
+        lets in."""
         self._log = structlog.get_logger()
 
     def account(self, device: str) -> int:
@@ -106,6 +112,14 @@ class PbxWatch:
         """Takes messages of one account, in order, and what they say of calls: how each may be recognised,
         the fact, what the PBX calls the call, and whether the messages alone make a dial of it where none
         fits. Returns when there is room for more; `committed` is called once all of it is durable."""
+        self._takes += 1
+        number = self._takes
+        self._undurable[number] = self._told_until()
+
+        def durable() -> None:
+            self._undurable.pop(number, None)
+            committed()
+
         if news:
             with suppress(TimeoutError, StoreUnavailable):
                 async with asyncio.timeout(self._tell_s):
@@ -115,7 +129,11 @@ class PbxWatch:
                             for seen, fact, key, beside in news
                         )
                     )
-        await self._pipeline.hear(heard, committed)
+        await self._pipeline.hear(heard, durable)
+
+    def answered(self, until: datetime) -> None:
+        """Everything that the PBX did until then was given to `take`."""
+        self._answered_until = until
 
     def covered(self, cause: str, detail: str, at: datetime) -> None:
         """From now on the PBX is heard (`cause` empty), or not, and why."""
@@ -128,6 +146,7 @@ class PbxWatch:
         if self._lost_at is not None:
             self._gap(self._cause, max(0.0, (at - self._lost_at).total_seconds()) * len(self._ids))
         self._lost_at = at if cause else None
+        self._answered_until = None
         self._cause = cause
         self.trouble = f"{cause}: {detail}" if cause else ""
         for account in self._ids:
@@ -138,6 +157,12 @@ class PbxWatch:
         self.covered(STOPPED, "the listener stops", at)
 
     def _vouched(self) -> datetime | None:
+        """Until when everything that the PBX did is durable; None if that is not known."""
+        return next(iter(self._undurable.values())) if self._undurable else self._told_until()
+
+    def _told_until(self) -> datetime | None:
+        if self._answers_s is None:
+            return self._answered_until
         return self._wall() - timedelta(seconds=self._answers_s)
 
     @property

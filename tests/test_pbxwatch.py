@@ -21,7 +21,9 @@ class _Everything:
     def __init__(self) -> None:
         self.got: list[str] = []
         self.covers: list[Cover] = []
-        self.away = self.full = False
+        self.vouched: Callable[[], datetime | None] = lambda: None
+        self.committing: list[Callable[[], None]] = []
+        self.away = self.full = self.slow = False
 
     async def sighted(
         self, seen: Sighting, fact: Fact, at: datetime, *, key: str = "", beside: bool = False
@@ -36,21 +38,23 @@ class _Everything:
 
     async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
         self.got.append(f"hear {heard[0].account}")
-        committed()
+        self.committing.append(committed)
+        if not self.slow:
+            committed()
 
     def cover(self, cover: Cover, vouched: Callable[[], datetime | None] = lambda: None) -> None:
         self.covers.append(cover)
-        assert vouched() == NOON - timedelta(seconds=40)
+        self.vouched = vouched
 
 
-def _watch(all_: _Everything, gaps: list[tuple[str, float]]) -> PbxWatch:
+def _watch(all_: _Everything, gaps: list[tuple[str, float]], answers_s: float | None = 40.0) -> PbxWatch:
     return PbxWatch(
         "office",
         {"101": 7, "102": 8},
         dials=all_,
         pipeline=all_,
         ledger=all_,
-        answers_s=40.0,
+        answers_s=answers_s,
         wall=lambda: NOON,
         gap=lambda cause, seconds: gaps.append((cause, seconds)),
         since=NOON,
@@ -106,3 +110,57 @@ def test_a_gap_of_the_pbx_is_one_of_each_account() -> None:
         (8, "stopped"),
     ]
     assert gaps == [("not started", 2.0), ("disconnected", 6.0)]
+
+
+def _at(seconds: float) -> datetime:
+    return NOON + timedelta(seconds=seconds)
+
+
+def test_it_vouches_for_what_was_answered_since_it_is_heard() -> None:
+    """Up to when its PBX has told everything; after a gap only from the first answer on."""
+    all_ = _Everything()
+    watch = _watch(all_, [], answers_s=None)
+    watch.covered("", "", NOON)
+    assert all_.vouched() is None
+    watch.answered(_at(25))
+    assert all_.vouched() == _at(25)
+    watch.covered("disconnected", "no answer", _at(26))
+    watch.covered("", "", _at(90))
+    assert all_.vouched() is None
+    watch.answered(_at(90))
+    assert all_.vouched() == _at(90)
+
+
+def test_where_answers_are_not_told_it_vouches_for_what_is_older_than_the_newest_may_be() -> None:
+    """A Redis is read list by list, and no answer of it says until when all was told."""
+    all_ = _Everything()
+    _watch(all_, []).covered("", "", NOON)
+    assert all_.vouched() == NOON - timedelta(seconds=40)
+
+
+@pytest.mark.parametrize(("answers_s", "before"), [(None, NOON), (40.0, NOON - timedelta(seconds=40))])
+async def test_it_vouches_for_nothing_that_is_not_durable(answers_s: float | None, before: datetime) -> None:
+    """A crash loses what was taken and not committed: until that is, nothing newer is vouched for than what
+    was before it, however many answers came since and whichever of them were committed."""
+    clock = [NOON]
+    all_ = _Everything()
+    watch = _watch(all_, [], answers_s=answers_s)
+    watch._wall = lambda: clock[0]
+    watch.covered("", "", NOON)
+    watch.answered(NOON)
+    all_.slow = True
+    heard = Heard(7, "s", 1, NOON, "/noojee/office/101", b"{}")
+    for seconds in (10, 20):
+        await watch.take([heard], [], lambda: None)
+        clock[0] = _at(seconds)
+        watch.answered(_at(seconds))
+    first, second = all_.committing
+    second()
+    assert all_.vouched() == before
+    await watch.take([heard], [], lambda: None)
+    clock[0] = _at(30)
+    watch.answered(_at(30))
+    first()
+    assert all_.vouched() == before + timedelta(seconds=20)
+    all_.committing[2]()
+    assert all_.vouched() == before + timedelta(seconds=30)

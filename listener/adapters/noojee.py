@@ -13,7 +13,7 @@ import ssl
 import uuid
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 from urllib.parse import quote, quote_plus, urlencode
 
@@ -196,6 +196,9 @@ class NoojeeHearing(Protocol):
     def keep(self, place: NoojeePlace) -> None:
         """Everything up to here is stored: a later run may go on from here."""
 
+    def answered(self, until: datetime) -> None:
+        """Everything that happened at the extensions until then was handed on, stored or not."""
+
     def covered(self, cause: str, detail: str, at: datetime) -> None:
         """From now on the extensions are heard (`cause` empty), or not, for one of `GAP_CAUSES`; `detail` is
         a sentence for a person. Only changes are told."""
@@ -303,12 +306,14 @@ class NoojeeEvents:
         if self._place.seq == 0:
             self._place = _new_place()  # what is live now, asked for twice, is two answers
         after = self._place
+        # While we are deaf, the sooner it answers the sooner that is over.
+        timeout_s = self._poll_s if self._cause == "" else 0.0
         loop = asyncio.get_running_loop()
-        began = loop.time()
-        answer = await self._asked(sorted(self._watched))
+        asked_at, began = self._wall(), loop.time()
+        answer = await self._asked(sorted(self._watched), timeout_s)
         if answer is None:
             return True
-        received_at = self._wall()
+        received_at, took_s = self._wall(), loop.time() - began
         try:
             reply, seq = self._read(answer)
         except LoginRefused as error:
@@ -337,7 +342,11 @@ class NoojeeEvents:
         self._covered("", "")
         if heard or self._place != after:
             await self._handed(heard, self._place)
-        elif waited and loop.time() - began < POLL_S_MIN:
+        if not anew:
+            # A server that waited the whole timeOut had nothing to tell until that was over.
+            quiet = not told and took_s >= timeout_s
+            self._hearing.answered(asked_at + timedelta(seconds=timeout_s) if quiet else asked_at)
+        if self._place == after and not heard and waited and loop.time() - began < POLL_S_MIN:
             await self._pause(POLL_S_MIN)
         return not anew
 
@@ -355,10 +364,8 @@ class NoojeeEvents:
                 await self._handed([self._heard(self._place, "", 1, at, raw)], self._place)
         return self._deaf("oversized" if oversized else "malformed", why)
 
-    async def _asked(self, extensions: list[str]) -> Answer | NoAnswer | None:
+    async def _asked(self, extensions: list[str], timeout_s: float) -> Answer | NoAnswer | None:
         """The answer of one poll; None if it was given up because an extension joined."""
-        # While we are deaf, the sooner it answers the sooner that is over.
-        timeout_s = self._poll_s if self._cause == "" else 0.0
         query = {
             "exten": ",".join(extensions),
             "lastSequenceNumber": str(self._place.seq),

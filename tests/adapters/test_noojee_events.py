@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any
 from urllib.parse import quote, quote_plus
@@ -47,6 +47,7 @@ class Ears:
         self.events: list[NoojeeHeard] = []
         self.kept: list[NoojeePlace] = []
         self.said: list[tuple[str, str]] = []
+        self.until: list[datetime] = []
         self.waiting: list[Callable[[], None]] = []
         self.storing = True
 
@@ -69,6 +70,10 @@ class Ears:
         assert cause == "" or cause in GAP_CAUSES
         assert KEY not in detail
         self.said.append((cause, detail))
+
+    def answered(self, until: datetime) -> None:
+        """Everything until then was handed on."""
+        self.until.append(until)
 
     @property
     def causes(self) -> list[str]:
@@ -165,6 +170,33 @@ async def test_quiet_polls_are_no_trouble() -> None:
         assert ears.causes == [""]
         server.call("204", "inbound_busy")
         await until(lambda: ears.statuses() == ["Busy"])
+
+
+async def test_a_quiet_poll_says_that_nothing_happened_until_its_end() -> None:
+    """One that waited as long as it may at the server; one that brings events, as short as it may be, tells
+    only that what happened before it was asked is in it."""
+    ears, poll_s = Ears(), 0.2
+    asked: list[datetime] = []
+
+    def wall() -> datetime:
+        asked.append(datetime.now(UTC))  # noqa: TID251 - this is a clock
+        return asked[-1]
+
+    async with (
+        NoojeeServer(monitored=frozenset({"204"})) as server,
+        hearing(events_of(server.url, ears, poll_s=poll_s, wall=wall), "204"),
+    ):
+        await until(lambda: len(ears.until) == 3)
+        first, *quiet = ears.until
+        assert first in asked, "what is live now is told at once"
+        assert {each - timedelta(seconds=poll_s) for each in quiet} <= set(asked)
+        assert ears.until[-1] <= wall()
+        told = len(ears.until)
+        server.call("204", "inbound_busy")
+        await until(lambda: ears.statuses() == ["Busy"])
+        (event,) = ears.events
+        await until(lambda: any(each in asked and each < event.received_at for each in ears.until[told:]))
+        assert ears.until == sorted(ears.until)
 
 
 async def test_a_new_extension_joins_a_poll_that_waits() -> None:
