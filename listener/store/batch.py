@@ -68,6 +68,9 @@ on their way, and the database waits for them."""
 _Name = tuple[str, int]
 """An id that a message has for a call, and the account of the message."""
 
+_AS_IT_WAS = (None,) * 5
+"""Of a participant who leaves: what stands between its key and the time."""
+
 _XID_MASK = 0xFFFF_FFFF
 """`xmin` holds the lower half of a transaction's id."""
 
@@ -194,7 +197,7 @@ class Foreseen:
             list(heard),
             [work.built_on[account] for account in heard],
             list(heard.values()),
-            *rows.columns(list(unknown), 2),
+            [(alias, account, None) for alias, account in unknown],
         )
         self._recorded = work.recorded(len(entries))
 
@@ -204,9 +207,9 @@ class Foreseen:
         return await self._write(
             connection,
             rows.WRITE_AT_ONCE,
-            *rows.columns(work.notifications, len(schema.notification.columns)),
-            *rows.columns(work.changes, len(schema.change.columns)),
-            *rows.columns(work.anomalies, len(schema.anomaly.columns)),
+            work.notifications,
+            work.changes,
+            work.anomalies,
         )
 
     async def write(self, connection: Connection) -> Written:
@@ -557,13 +560,11 @@ class _Work:
             )
             for stream, (first, last) in self.streams.items()
         ]
-        joined, left = self._stays()
         return (
             calls,
-            *rows.columns(streams, len(rows.STREAM)),
-            *rows.columns([(*name, id) for name, id in names.items()], len(rows.NAME)),
-            *rows.columns(joined, len(rows.JOINED)),
-            *rows.columns(left, len(rows.LEFT)),
+            streams,
+            [(*name, id) for name, id in names.items()],
+            *self._stays(),
         )
 
     def _stays(self) -> tuple[list[Row], list[Row]]:
@@ -579,5 +580,5 @@ class _Work:
                      microseconds(party.joined_at), left_at)
                 )  # fmt: skip
             else:
-                left.append((call_id, ordinal, left_at))
+                left.append((call_id, ordinal, *_AS_IT_WAS, left_at))
         return joined, left

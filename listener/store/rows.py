@@ -1,9 +1,9 @@
 """How a call becomes a row and a row a call, and the statements that the journal runs over many of them.
 
-What is only added goes in by COPY, or with the rest where it is little; all else in one statement: calls as
-one array of composite values (`call_written`), the rest as an array for each column. This was chosen by
-measurement (`benchmarks/journal.py`); an array for each of a call's forty columns costs the client twice as
-much.
+What is only added goes in by COPY, or with the rest where it is little; all else in one statement, to which
+rows come as arrays of composite values: of a table's own type, or of `call_written`. This was chosen by
+measurement (`benchmarks/journal.py`): an array for each column costs the client twice as much. So the values
+of a row stand in the order of its table's columns.
 
 Moments are microseconds here and JSON is bytes (`listener.store.connect.speak_plainly`). The statements are
 put together from names in this module and in the schema, and from nothing else.
@@ -16,8 +16,7 @@ from typing import Any
 
 import asyncpg
 import msgspec
-from sqlalchemy import Dialect, Table
-from sqlalchemy.dialects.postgresql import dialect as postgresql
+from sqlalchemy import Table
 
 from listener.core.calls import Call, Direction, Outcome, Party, Source
 from listener.store import schema
@@ -128,15 +127,6 @@ def _names(table: Table) -> list[str]:
     return list(table.columns.keys())
 
 
-def _unnest(table: Table, columns: Iterable[str], *, first: int) -> str:
-    """`unnest($1::type[], …) AS n (column, …)` for columns of a table; `first` numbers its parameters."""
-    names = list(columns)
-    dialect: Dialect = postgresql()  # type: ignore[no-untyped-call] # SQLAlchemy left it so
-    types = [str(table.columns[name].type.compile(dialect)) for name in names]
-    arrays = ", ".join(f"${place}::{kind}[]" for place, kind in enumerate(types, start=first))
-    return f"unnest({arrays}) AS n ({', '.join(names)})"
-
-
 CALL_COLUMNS = ", ".join(f"c.{schema.CALL_COLUMN_OF.get(name, name)}" for name in Call.__struct_fields__)
 """Of a call `c`, as `call_of` takes them."""
 
@@ -174,31 +164,23 @@ ALL_OPEN_CALLS = f"""
     WHERE c.ended_at IS NULL AND c.settled IS NULL ORDER BY c.id"""  # noqa: S608
 """The same of all accounts, also of those that are not listened to any more."""
 
-STREAM = ("id", "account_id", "source", "opened_at", "position", "batch", "batch_position")
-NAME = ("alias", "account_id", "call_id")
-JOINED = ("call_id", "ordinal", "number", "e164", "formatted", "role", "joined_at", "left_at")
-LEFT = ("call_id", "ordinal", "left_at")
-
 _WRITTEN = ("id", *_FIXED, *_PLAIN, *_MOMENTS, *_LONG)
 
-_WRITE_PARAMETERS = 1 + len(STREAM) + len(NAME) + len(JOINED) + len(LEFT)
+_WRITE_PARAMETERS = 5
 
 
 def _write(*, first: int, condition: str = "true") -> str:
     """The WITH queries that write calls and what belongs to them, for the statements below.
 
-    Its parameters, beginning with number `first`, are a list of `written`, and the columns STREAM, NAME,
-    JOINED and LEFT of the streams that moved, the ids that were given, and the participants who joined and
+    Its parameters, beginning with number `first`, are lists of rows: of `written`; of `stream`, those that
+    moved; of `call_alias`, the ids that were given; and of `participant`, those who joined and those who
     left. All of it together, since each statement of its own costs a round trip. Nothing is touched before
     the condition has been computed.
     """
-    stream = first + 1
-    name = stream + len(STREAM)
-    joined = name + len(NAME)
-    left = joined + len(JOINED)
+    calls, streams, aliases, joined, left = range(first, first + _WRITE_PARAMETERS)
     return f"""written AS MATERIALIZED (
         SELECT {", ".join(_WRITTEN[:-4])}, capabilities::text[], aliases::text[], participants, user_data
-        FROM unnest(${first}::call_written[]) WHERE {condition}
+        FROM unnest(${calls}::call_written[]) WHERE {condition}
     ), begun AS (
         INSERT INTO call ({", ".join(_WRITTEN)}) SELECT * FROM written WHERE account_id IS NOT NULL
     ), moved AS (
@@ -206,21 +188,18 @@ def _write(*, first: int, condition: str = "true") -> str:
             {", ".join(f"{name} = coalesce(n.{name}, c.{name})" for name in _LONG)}
         FROM written n WHERE c.id = n.id AND n.account_id IS NULL
     ), marked AS (
-        INSERT INTO stream ({", ".join(STREAM)})
-        SELECT * FROM {_unnest(schema.stream, STREAM, first=stream)} WHERE {condition}
+        INSERT INTO stream SELECT * FROM unnest(${streams}::stream[]) WHERE {condition}
         ON CONFLICT (id) DO UPDATE SET
             position = excluded.position, batch = excluded.batch, batch_position = excluded.batch_position
     ), named AS (
-        INSERT INTO call_alias AS a ({", ".join(NAME)})
-        SELECT * FROM {_unnest(schema.call_alias, NAME, first=name)} WHERE {condition}
+        INSERT INTO call_alias AS a SELECT * FROM unnest(${aliases}::call_alias[]) WHERE {condition}
         ON CONFLICT (alias, account_id) DO UPDATE SET call_id = excluded.call_id
         WHERE excluded.call_id > a.call_id
     ), joined AS (
-        INSERT INTO participant ({", ".join(JOINED)})
-        SELECT * FROM {_unnest(schema.participant, JOINED, first=joined)} WHERE {condition}
+        INSERT INTO participant SELECT * FROM unnest(${joined}::participant[]) WHERE {condition}
     ), parted AS (
         UPDATE participant p SET left_at = n.left_at
-        FROM {_unnest(schema.participant, LEFT, first=left)}
+        FROM unnest(${left}::participant[]) AS n
         WHERE p.call_id = n.call_id AND p.ordinal = n.ordinal AND {condition}
     )"""  # noqa: S608 - see the top
 
@@ -229,7 +208,7 @@ WRITE = f"WITH {_write(first=1)} SELECT 1 AS done"
 """All that is not only added; see `_write` for its arguments. It answers with a column, unasked, since
 asyncpg (0.32) writes eight bytes past the end of a row that has none."""
 
-EXPECTED = ("id", "written_by", "heard_at", "alias", "alias_account_id")
+_EXPECTED = 4
 _EXPECT = """
     held AS MATERIALIZED (
         SELECT id, xmin AS written_by FROM account WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE
@@ -237,7 +216,7 @@ _EXPECT = """
         SELECT listener_expect(
             (SELECT array_agg(written_by ORDER BY id) FROM held) = $2::xid[]
             AND NOT EXISTS (
-                SELECT FROM unnest($4::text[], $5::integer[]) AS n (alias, account_id)
+                SELECT FROM unnest($4::call_alias[]) AS n
                 JOIN call_alias a ON a.alias = n.alias AND a.account_id = n.account_id)
         ) AS met
     ), heard AS (
@@ -246,34 +225,30 @@ _EXPECT = """
         WHERE a.id = n.id AND (SELECT met FROM expected)
     )"""
 """The rows of the batch's accounts are as they were left, and no call has any of some ids; else the statement
-fails with the SQLSTATE OUTDATED. Its arguments are the columns EXPECTED: the accounts in order, which
-transaction wrote the row of each, when each was heard; and the ids with their accounts."""
+fails with the SQLSTATE OUTDATED. Its arguments are the accounts in order, which transaction wrote the row of
+each, when each was heard; and the ids, as rows of `call_alias` of which the call is not looked at."""
 
 OUTDATED = "LS001"
 
 _MET = "(SELECT met FROM expected)"
 
 WRITE_AS_EXPECTED = f"""
-    WITH {_EXPECT}, {_write(first=1 + len(EXPECTED), condition=_MET)}
+    WITH {_EXPECT}, {_write(first=1 + _EXPECTED, condition=_MET)}
     SELECT pg_current_xact_id() FROM expected"""  # noqa: S608 - see the top
 """WRITE under the condition of _EXPECT, whose arguments come first. Gives the transaction's id."""
 
 
-def _add(table: Table, *, first: int) -> str:
-    names = _names(table)
-    source = f"{_unnest(table, names, first=first)} WHERE {_MET}"
-    return f"INSERT INTO {table.name} ({', '.join(names)}) SELECT * FROM {source}"  # noqa: S608 - see the top
+def _add(table: Table, *, number: int) -> str:
+    return f"INSERT INTO {table.name} SELECT * FROM unnest(${number}::{table.name}[]) WHERE {_MET}"  # noqa: S608 - see the top
 
 
-_ADDED = 1 + len(EXPECTED) + _WRITE_PARAMETERS
-_CHANGES = _ADDED + len(schema.notification.columns)
-_ANOMALIES = _CHANGES + len(schema.change.columns)
+_ADDED = 1 + _EXPECTED + _WRITE_PARAMETERS
 
 WRITE_AT_ONCE = f"""
-    WITH {_EXPECT}, {_write(first=1 + len(EXPECTED), condition=_MET)},
-    notified AS ({_add(schema.notification, first=_ADDED)}),
-    changed AS ({_add(schema.change, first=_CHANGES)}),
-    odd AS ({_add(schema.anomaly, first=_ANOMALIES)})
+    WITH {_EXPECT}, {_write(first=1 + _EXPECTED, condition=_MET)},
+    notified AS ({_add(schema.notification, number=_ADDED)}),
+    changed AS ({_add(schema.change, number=_ADDED + 1)}),
+    odd AS ({_add(schema.anomaly, number=_ADDED + 2)})
     SELECT pg_current_xact_id() FROM expected"""  # noqa: S608 - see the top
-"""WRITE_AS_EXPECTED and the rows that are only added, whose columns come last: a whole transaction in one
+"""WRITE_AS_EXPECTED and the rows that are only added, three lists that come last: a whole transaction in one
 round trip. For many rows COPY is quicker."""
