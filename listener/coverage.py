@@ -340,8 +340,9 @@ class Watch:
 
     It is unobserved since `since`, because of `cause`, until its session says otherwise. Where the line
     resumes a session, `acknowledges` says whether its server does, and `observed_until` since when the
-    account would not be observed but for that; None if not for the restart alone. `snapshot` asks for the
-    live calls; None where there is no REST to ask, and then a subscription alone closes a gap. `tasks` is
+    account would not be observed but for that; None if not for the restart alone. With `mistrusted`, some of
+    what was heard before is lost, and a snapshot is stored although the session goes on. `snapshot` asks for
+    the live calls; None where there is no REST to ask, and then a subscription alone closes a gap. `tasks` is
     where the snapshot runs, `clock` the one of the session. Call `answered` after every answer of the server,
     `end` when the account is listened to no more. Satisfies `listener.probe.Listened` too, once `carried_by`
     has said how a session is given up.
@@ -401,6 +402,7 @@ class Watch:
         cause: str = "not started",
         acknowledges: bool = False,
         observed_until: datetime | None = None,
+        mistrusted: bool = False,
         settled_s: float = SETTLED_S,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -427,7 +429,7 @@ class Watch:
         self._has_observed = False
         self._saved: Saved | None = None
         self._subscribed_at: datetime | None = None
-        self._owed = self._resumes_from is None
+        self._owed = self._resumes_from is None or mistrusted
         self._closing: asyncio.Task[None] | None = None
         self._announced: list[_Delivery] = []
         self._undurable: list[_Delivery] = []
@@ -504,6 +506,15 @@ class Watch:
         at = self._undurable[0].known_until if self._undurable else self._said_until
         doubts = [doubt for doubt in (at, self._slow, self._behind_since) if doubt is not None]
         return min(doubts) if at is not None else None
+
+    def mistrust(self, at: datetime) -> None:
+        """Something that was heard before is lost, which the coverage says already: a snapshot is stored, as
+        after every gap, so that the calls are right again."""
+        if self._ended:
+            return
+        self._owed = True
+        if self._gap is None:
+            self._goes_on(at)
 
     # What a probe asks and finds
 
@@ -592,7 +603,7 @@ class Watch:
                 self._log.info("session resumed", observed_since=since.isoformat())
                 self._sure_at = since
                 self._answered_at = self._answered_at or since
-                self._found(since, withdraws=True)
+                self._goes_on(since, withdraws=True)
             case Unbroken():
                 # The server kept everything: there was no gap.
                 self._goes_on(self._gap.since if self._gap is not None else at)
@@ -673,16 +684,21 @@ class Watch:
         self.trouble = f"{gap.cause}: {detail}"
         self._stand(REFUSED if gap.cause in ("login refused", "subscription refused") else WAITING)
 
-    def _goes_on(self, at: datetime) -> None:
-        """Every channel is subscribed, and all that was said since `at` is heard or will be."""
+    def _goes_on(self, at: datetime, *, withdraws: bool = False) -> None:
+        """Every channel is subscribed, and all that was said since `at` is heard or will be; `withdraws` as
+        in `_found`."""
         if not self._owed or self._snapshot is None:
             self._owed = False
-            self._found(at)
+            self._found(at, withdraws=withdraws)
         elif self._closing is None:
-            self._closing = self._tasks.create_task(self._close_gap(self._snapshot))
+            closing = self._close_gap(self._snapshot, at if withdraws else None)
+            self._closing = self._tasks.create_task(closing)
 
-    async def _close_gap(self, snapshot: Callable[[], Awaitable[Reply]]) -> None:
-        """Stores what is live now; then nothing that happened before the subscription is in doubt."""
+    async def _close_gap(
+        self, snapshot: Callable[[], Awaitable[Reply]], withdraws_since: datetime | None
+    ) -> None:
+        """Stores what is live now; then nothing that happened before the subscription is in doubt, or before
+        the session went on."""
         reply, live = await self._ask(snapshot)
         await self._caught_up(reply, self._settled_s * (SETTLED_LISTED_TIMES if live.calls else 1))
         heard = self._as_heard(reply)
@@ -691,7 +707,10 @@ class Watch:
         await stored.wait()
         self._closing = None
         self._owed = False
-        self._found(self._subscribed_at or reply.asked_at)
+        if withdraws_since is not None:
+            self._found(withdraws_since, withdraws=True)
+        else:
+            self._found(self._subscribed_at or reply.asked_at)
 
     def _as_heard(self, reply: Reply) -> Heard:
         return Heard(

@@ -119,6 +119,8 @@ class _Known(Struct, frozen=True):
     """A session to go on with."""
     observed_until: datetime | None = None
     """Since when the account is not observed, if that is for the restart alone."""
+    mistrusted: bool = False
+    """Something that was heard since then is lost."""
 
 
 class _Eyes:
@@ -398,16 +400,20 @@ class Daemon:
     async def _lose(self, ledger: Ledger, missing: Sequence[Missing], left: bool) -> None:  # noqa: FBT001 - as `pipeline.Losing`
         """Has it written down that what an earlier run (`left`), or this one, had heard is missing."""
         gaps = await ledger.lose(missing, self._wall() if left else None)
+        lost = {account for account, _, _ in gaps}
         for _, since, until in gaps:
             self._metrics.gap("spool damaged", (until - since).total_seconds())
         if gaps:
             self._log.error(
                 "messages that were heard are lost: a gap in the coverage",
                 cause="spool damaged",
-                accounts=len({account for account, _, _ in gaps}),
+                accounts=len(lost),
                 since=min(since for _, since, _ in gaps).isoformat(),
                 until=max(until for _, _, until in gaps).isoformat(),
             )
+        for running in self._accounts.values():
+            if running.watch.account in lost:
+                running.watch.mistrust(self._wall())
 
     async def _open_room(self, journal: Journal, dsn: str) -> DialRoom:
         return await DialRoom.open(
@@ -545,8 +551,9 @@ class Daemon:
             return {}
         observed_until = await journal.resume_coverage(accounts, self._wall())
         saved = await journal.kept_sessions(accounts)
+        damaged = await journal.damaged_since(accounts)
         return {
-            number: _Known("not started", saved.get(number), observed_until.get(number))
+            number: _Known("not started", saved.get(number), observed_until.get(number), number in damaged)
             for number in accounts
         }
 
@@ -598,6 +605,7 @@ class Daemon:
             cause=known.cause,
             acknowledges=bool(left) and left[0].kept.ack,
             observed_until=known.observed_until if left else None,
+            mistrusted=known.mistrusted,
             clock=self._clock,
         )
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import asyncpg
 import pytest
 
-from listener.core.calls import Cover, Heard, Recorded
+from listener.core.calls import Cover, Heard, Missing, Recorded
 from listener.core.session import (
     Delivered,
     Fact,
@@ -456,6 +456,59 @@ async def test_a_session_that_goes_on_after_a_restart_was_observed_all_the_time(
         await stage.clock.advance(3)
         one.gap("disconnected")
         assert merged(await stage.rows()) == [Row(0, 25, ""), Row(25, None, "disconnected")]
+
+
+async def test_a_session_that_goes_on_after_something_was_lost_stores_a_snapshot_first(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """What a damaged spool had of it is a gap that stays; the rest of the restart's is withdrawn once the
+    live calls are stored, so that a start after one that was killed before asks for them, too."""
+    async with restarted(journal, sql) as (stage, since):
+        one = stage.watch(acknowledges=True, observed_until=since, mistrusted=True)
+        await stage.ledger.lose([Missing(1, stage.at(15), stage.at(12))], stage.at(20))
+        stage.rest.open.clear()
+        one.tell(Unbroken())
+        await stage.clock.advance(2)
+        left = [Row(0, 9, ""), Row(9, 12, "stopped"), Row(12, 15.000001, "spool damaged")]
+        assert await stage.rows() == [*left, Row(15.000001, None, "stopped")]
+        assert (one.watch.state, stage.rest.asked) == ("starting", 1)
+        assert await journal.damaged_since([1, 2]) == {1}
+        stage.rest.open.set()
+        await until(lambda: one.watch.state == "up")
+        observed = [Row(0, 12, ""), Row(12, 15.000001, "spool damaged"), Row(15.000001, None, "")]
+        assert merged(await stage.rows()) == observed
+        assert await journal.damaged_since([1]) == set()
+        await stage.clock.advance(1)
+        one.tell(Gap(1000.0 + stage.clock.passed_s, "disconnected", "because"), Unbroken())
+        assert (one.watch.state, stage.rest.asked) == ("up", 1)
+
+
+async def test_when_something_is_lost_while_it_is_observed_a_snapshot_is_stored(stage: Stage) -> None:
+    """Without a gap; also where a gap begins before the snapshot has come, and was none."""
+    one = stage.watch()
+    await one.up()
+    await stage.clock.advance(5)
+    one.watch.mistrust(stage.clock.wall())
+    await until(lambda: stage.rest.asked == 2)
+    await stage.settled()
+    stage.rest.open.clear()
+    one.watch.mistrust(stage.clock.wall())
+    await until(lambda: stage.rest.asked == 3)
+    await stage.clock.advance(1)
+    one.gap("disconnected")
+    await stage.clock.advance(1)
+    stage.rest.open.set()
+    one.tell(Unbroken())
+    await until(lambda: one.watch.state == "up")
+    await stage.settled()
+    assert stage.rest.asked == 4
+    assert merged(await stage.rows()) == [Row(0, None, "")]
+    stored = await stage._sql.fetchval("SELECT count(*) FROM notification WHERE source = 'snapshot'")
+    assert stored == 3
+    one.watch.end(stage.clock.wall())
+    one.watch.mistrust(stage.clock.wall())
+    await turns()
+    assert stage.rest.asked == 4
 
 
 async def test_a_session_that_is_gone_after_a_restart_leaves_the_gap(
@@ -1253,6 +1306,29 @@ async def test_no_heartbeat_overtakes_a_gap_that_is_not_written_yet() -> None:
         memory.refusing = False
         await clock.advance(2 * HEARTBEAT_S)
         assert len(memory.beats) >= 2
+
+
+async def test_what_is_lost_is_written_after_what_was_told_before_it() -> None:
+    """However long the store is away; who told it waits until it is durable. No heartbeat comes before."""
+    memory, clock = MemoryJournal(), Clock()
+    ledger = Ledger(memory, pause=clock.pause)
+    memory.available = False
+    async with running(ledger), asyncio.TaskGroup() as tasks:
+        lost = Missing(1, clock.wall())
+        losing = tasks.create_task(ledger.lose([lost]))
+        await turns()
+        ledger.cover(Cover(1, clock.wall()), clock.wall)
+        await clock.advance(2 * HEARTBEAT_S)
+        assert (losing.done(), memory.missing, memory.covers, memory.beats) == (False, [], [], [])
+        memory.available = True
+        await clock.advance(2 * LEDGER_RETRY_S_MAX)
+        assert (losing.done(), memory.missing, len(memory.covers)) == (True, [(lost, False)], 1)
+        ledger.cover(Cover(1, clock.wall(), "disconnected"))
+        again = tasks.create_task(ledger.lose([lost], clock.wall()))
+        ledger.cover(Cover(1, clock.wall()), clock.wall)
+        await again
+        assert len(memory.covers) == 3
+        assert memory.missing[1:] == [(lost, True)]
 
 
 async def test_coverage_that_waits_is_bounded_and_stays_true() -> None:

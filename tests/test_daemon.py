@@ -931,7 +931,8 @@ async def test_what_is_damaged_in_the_spool_of_an_earlier_run_is_a_gap_although_
     database: str, sql: asyncpg.Connection
 ) -> None:
     """The server kept everything since, so that the gap of the restart is none: but what is lost stays a gap
-    of its account, which is told, counted and as long as can be known; of the others there is none."""
+    of its account, which is told, counted and as long as can be known, and a list of its live calls is stored
+    as after every gap; of the others there is none."""
     async with centre(accounts=2) as simulator:
         settings = settings_for(simulator, database)
         async with InProcess(settings).running():
@@ -952,6 +953,7 @@ async def test_what_is_damaged_in_the_spool_of_an_earlier_run_is_a_gap_although_
             assert await listener.metric("listener_spool_set_aside_total") == 1
             rows = await lasting(sql, name)
             assert [row["cause"] for row in rows[-4:]] == ["", "", "spool damaged", ""]
+            assert await sql.fetchval(OPEN) == 0, "what the list of live calls does not name has ended"
             gap = rows[-2]
             assert gap["since"] == said.said[1].received_at > stopped_at
             assert gap["until"] == said.said[3].received_at + timedelta(microseconds=1)
@@ -966,24 +968,26 @@ async def test_what_is_damaged_in_the_spool_while_it_runs_is_a_gap(
     fragile: Fragile, fragile_database: str
 ) -> None:
     """PostgreSQL is away, and a bit of what waits for it on disk changes meanwhile: the account was observed
-    before and after that delivery, and not while it came."""
+    before and after that delivery, and not while it came. Calls whose end is lost with it have ended."""
     async with centre(accounts=1, ack=False, max_interval_ms=20_000) as simulator:
         settings = settings_for(simulator, fragile_database)
         (name,) = simulator.accounts
         async with InProcess(settings).running() as listener:
             async with fragile.away():
                 await simulator.play(notifications=200)
+                await simulator.finish()
                 await simulator.drained()
 
                 async def spooled() -> bool:
                     return await listener.metric("listener_spool_notifications") >= 200
 
                 await until(spooled)
-                damage(settings, b"notificationType", behind=0.5)
+                damage(settings, b"Released", behind=0.5)
             await until(partial(empty, listener))
             await until(lambda: not listener.daemon.not_ready())
             connection = await asyncpg.connect(fragile_database)
             try:
+                await until(partial(fetched, connection, f"SELECT ({OPEN}) = 0"))
                 rows = await lasting(connection, name)
             finally:
                 await connection.close()
