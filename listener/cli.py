@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
-from urllib.parse import urlsplit
 
 from listener import __version__
 from listener.core.moments import SO_LONG, moment
@@ -279,53 +278,26 @@ def _decode(options: argparse.Namespace) -> int:
 # ── Configuration and database ────────────────────────────────────────────────────────────────────────
 
 
-NO_ACCOUNT = (
-    "there is no account to listen to: write a listener.toml after deploy/listener.example.toml, "
-    "or see it all work with `make demo`"
-)
-
-
 def _settings(options: argparse.Namespace) -> "Settings":
     return _found_settings(options)[1]
 
 
-def _found_settings(options: argparse.Namespace) -> tuple[Path | None, "Settings"]:
-    """The settings and the file they are from; None where there is no file."""
+def _found_settings(options: argparse.Namespace, *, listens: bool = False) -> tuple[Path | None, "Settings"]:
+    """The settings and the file they are from; None where there is no file. `listens`: with accounts."""
     from listener.settings import DEMO_CONFIG, find, load
 
     path = find(options.config, os.environ)
     if path == DEMO_CONFIG and options.config is None:
         print(f"listener: no listener.toml here, so the demo's {path} is used", file=sys.stderr)
-    overrides = {}
-    for given in options.set + options.set_after:
-        key, equals, value = given.partition("=")
-        if not equals:
-            raise SettingsError(f"--set {given}: write it as --set section.key=value")
-        overrides[key.strip()] = value
-    settings = load(path, overrides, secrets_dir=options.secrets_dir)
-    if settings.store.dsn is not None:
-        _refuse_unreadable(settings.store.dsn.get_secret_value())
-    return path, settings
-
-
-def _refuse_unreadable(dsn: str) -> None:
-    """Raise where an address is none, of one host or of several. What is wrong with it may hold the password,
-    and is not quoted."""
-    try:
-        for host in urlsplit(dsn).netloc.rpartition("@")[2].split(","):
-            _ = urlsplit(f"//{host}").port
-    except ValueError:
-        raise SettingsError(
-            "store.dsn: it cannot be read as an address; write postgresql://user:password@host:5432/database,"
-            " and in user and password %XX for what is neither letter nor digit, such as %5B for ["
-        ) from None
+    given = [(text, *text.partition("=")) for text in options.set + options.set_after]
+    if wrong := [text for text, _, equals, _ in given if not equals]:
+        raise SettingsError("\n".join(f"--set {text}; write it as --set section.key=value" for text in wrong))
+    overrides = {key.strip(): value for _, key, _, value in given}
+    return path, load(path, overrides, secrets_dir=options.secrets_dir, listens=listens)
 
 
 def _check_config(options: argparse.Namespace) -> int:
-    path, settings = _found_settings(options)
-    if not settings.accounts and not settings.pbx_accounts():
-        why = f"{path}: [[accounts]]: " if path is not None else "no listener.toml was found, and "
-        raise SettingsError(why + NO_ACCOUNT)
+    path, settings = _found_settings(options, listens=True)
     counts = (
         (len(settings.environments), "environment"),
         (len(settings.accounts), "account"),
@@ -713,9 +685,7 @@ def _control(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from listener.daemon import run
 
-    settings = _settings(options)
-    if not settings.accounts and not settings.pbx_accounts():
-        raise SettingsError(NO_ACCOUNT)
+    _, settings = _found_settings(options, listens=True)
     run(settings, reread=lambda: _settings(options), goodbye=options.goodbye)
     return OK
 

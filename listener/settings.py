@@ -2,8 +2,10 @@
 
 It decides what a setting is called, where its value came from, and whether all of them together can be
 run with. It fails loudly and completely: `load` raises one `SettingsError` with a line for every problem,
-each naming the file and line (or the variable, secret file or flag), the key, and the cure. It never
-repeats a value in a message, so that no message can show a secret.
+each naming the file and line (or the variable, secret file or flag), the key, and the cure. What is wrong is
+taken out and the rest is checked all the same, so that one run tells everything; but what may only follow
+from something wrong is not told (`_Found.doubtful`). It never repeats a value in a message, so that no
+message can show a secret.
 
 It refuses to know what the settings are for: no address is opened here and no password tried. Nothing
 below the daemon imports this module; adapters take plain arguments.
@@ -18,6 +20,7 @@ Sources, the later wins, section by section:
 """
 
 import base64
+import copy
 import csv
 import difflib
 import io
@@ -26,8 +29,9 @@ import os
 import re
 import ssl
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal, assert_never
 from urllib.parse import urlsplit
@@ -60,6 +64,14 @@ CONFIG_FILES = (Path("listener.toml"), Path("/etc/listener/listener.toml"), DEMO
 so that questions can be asked after `make demo` with nothing configured."""
 
 EXAMPLE = "deploy/listener.example.toml"
+
+NO_ACCOUNT = (
+    f"there is no account to listen to: write a listener.toml after {EXAMPLE}, "
+    "or see it all work with `make demo`"
+)
+
+LIKENESS_MIN = 0.6
+"""From which likeness on (difflib's ratio, 0 to 1) a name that nobody knows may be meant to be another."""
 
 Key = tuple[str | int, ...]
 
@@ -106,6 +118,16 @@ class Store(_Section):
     def _of_postgresql(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
             raise ValueError("it must begin with postgresql://")
+        try:
+            netloc = "" if value is None else urlsplit(value.get_secret_value()).netloc
+            for host in netloc.rpartition("@")[2].split(","):
+                _ = urlsplit(f"//{host}").port
+        except ValueError:
+            # What is wrong with it may hold the password, and is not quoted.
+            raise ValueError(
+                "it cannot be read as an address; write postgresql://user:password@host:5432/database, and "
+                "in user and password %XX for what is neither letter nor digit, such as %5B for ["
+            ) from None
         return value
 
 
@@ -482,12 +504,69 @@ _PATHS: dict[str, tuple[str, ...]] = {
 # ── Where a value came from ───────────────────────────────────────────────────────────────────────────
 
 
+class _Kind(IntEnum):
+    """Kinds of places, in the order in which they are told."""
+
+    CONFIGURATION = 0
+    ACCOUNTS_FILE = 1
+    SECRET = 2
+    VARIABLE = 3
+    FLAG = 4
+
+
+@dataclass(frozen=True, order=True)
+class _Place:
+    """Where something was said: a file with its line, or whatever else a setting can come from."""
+
+    kind: _Kind
+    name: str
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.line}" if self.line else self.name
+
+
 @dataclass(frozen=True)
 class _Source:
-    """One source's values, and a name for the place of each."""
+    """One source's values, and the place of each."""
 
     values: dict[str, Any]
-    places: dict[Key, str] = field(default_factory=dict)
+    places: dict[Key, _Place] = field(default_factory=dict)
+    tables: dict[Key, _Place] = field(default_factory=dict)
+    """Of tables that nobody opened: where one of their settings was said."""
+
+
+@dataclass
+class _Found:
+    """Every problem met so far, and what is not known because of them."""
+
+    problems: list[tuple[_Place, str]] = field(default_factory=list)
+    blind: bool = False
+    """A whole source could not be read, and whatever is missed may be in it."""
+    _wrong: dict[Key, set[str | int]] = field(default_factory=dict)
+
+    def problem(self, place: _Place, sentence: str) -> None:
+        """Note one; `sentence` says what is wrong, and the cure."""
+        self.problems.append((place, sentence))
+
+    def doubt(self, key: Key) -> None:
+        """What `key` was to be is not known."""
+        self._wrong.setdefault(key[:-1], set()).add(key[-1])
+
+    def doubtful(self, table: Key, *names: str) -> bool:
+        """Whether one of these settings of a table may be other than it seems, because it or the table is
+        wrong: then nothing is told that may only follow."""
+        keys = [(*table, name) for name in names] if self._wrong else []
+        return any(key[end] in self._wrong.get(key[:end], ()) for key in keys for end in range(len(key)))
+
+    def refuse(self) -> None:
+        """Raise SettingsError if there is any problem: sorted by file and line, then the other sources."""
+        problems = sorted(self.problems, key=lambda problem: problem[0])
+        # A line each, whatever the names in it are.
+        told = [" ".join(f"{place}: {said}".split()) for place, said in problems]
+        rest = [f"and {len(told) - PROBLEMS_MAX} problems more"] if len(told) > PROBLEMS_MAX else []
+        if told:
+            raise SettingsError("\n".join(told[:PROBLEMS_MAX] + rest))
 
 
 def _lines(text: str) -> dict[Key, int]:
@@ -547,20 +626,31 @@ def _keys(node: Any) -> Iterator[Key]:
             yield (name, *key)
 
 
-def _from_toml(path: Path) -> _Source:
+def _from_toml(path: Path, found: _Found) -> _Source:
     try:
         text = _read(path, CONFIG_BYTES_MAX)
     except _Unreadable as error:
-        raise SettingsError(f"{path}: {error}; name another file with -c or LISTENER_CONFIG") from None
+        found.blind = True
+        found.problem(
+            _Place(_Kind.CONFIGURATION, str(path)),
+            f"{error.cause}; name another file with -c or LISTENER_CONFIG",
+        )
+        return _Source({})
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         # The message ends in "(at line 3, column 5)" or "(at end of document)".
         cause, _, at = str(error).partition(" (at ")
         line = at.removeprefix("line ").partition(",")[0] if at.startswith("line ") else text.count("\n")
-        raise SettingsError(f"{path}:{line}: this is not TOML: {cause.lower()}; see {EXAMPLE}") from None
+        found.blind = True
+        found.problem(
+            _Place(_Kind.CONFIGURATION, str(path), int(line)),
+            f"this is not TOML: {cause.lower()}; see {EXAMPLE}",
+        )
+        return _Source({})
     _anchor(values, path.parent)
-    return _Source(values, {key: f"{path}:{line}" for key, line in _lines(text).items()})
+    places = {key: _Place(_Kind.CONFIGURATION, str(path), line) for key, line in _lines(text).items()}
+    return _Source(values, places)
 
 
 def _anchor(values: dict[str, Any], base: Path) -> None:
@@ -581,100 +671,115 @@ def _anchor(values: dict[str, Any], base: Path) -> None:
                     table[key] = str(base / Path(table[key]).expanduser())
 
 
-def _from_variables(variables: Mapping[str, str], places: dict[str, str]) -> tuple[_Source, list[str]]:
-    """Read what is given by name, in the environment or as files of a directory; both have one spelling.
+def _key_of(variable: str) -> Key:
+    return tuple(variable.lower().removeprefix(PREFIX.lower()).split("__"))
 
-    Also give the problems of those that are empty: what somebody forgot to fill in is no value.
-    """
-    empty = [
-        f"{places[name]} is empty; give a value, or leave it out" for name in variables if not variables[name]
-    ]
+
+def _from_variables(variables: Mapping[str, str], places: Mapping[str, _Place], found: _Found) -> _Source:
+    """Read what is given by name: in the environment, as files of a directory or as flags, with one spelling.
+    What somebody forgot to fill in is no value."""
+    for name in [name for name in variables if not variables[name]]:
+        found.problem(places[name], "it is empty; give a value, or leave it out")
+        found.doubt(_key_of(name))
     variables = {name: value for name, value in variables.items() if value}
     source = EnvSettingsSource(Settings)
-    source.env_vars = {name.lower(): value for name, value in variables.items()}
-    try:
-        values = source()
-    except SourceError as error:
-        cause = error.__cause__
-        raise SettingsError(
-            f"{_source_field(error, places)}: a list or section here must be JSON: {cause}"
-        ) from None
-    keys: dict[Key, str] = {}
-    for name in variables:
-        path: tuple[str, ...] = tuple(name.lower().removeprefix(PREFIX.lower()).split("__"))
-        keys[path] = places[name]
-    return _Source(values, keys), empty
-
-
-def _source_field(error: SourceError, places: dict[str, str]) -> str:
-    named = [place for name, place in places.items() if f'"{_top(name)}"' in str(error)]
-    return named[0] if named else "environment"
+    while True:
+        source.env_vars = {name.lower(): value for name, value in variables.items()}
+        try:
+            values = source()
+        except SourceError as error:
+            # One field at a time is told, by its name alone; without it the rest can be read.
+            wrong = [name for name in variables if f'"{_top(name)}"' in str(error)]
+            if not wrong:
+                raise
+            found.problem(
+                places[wrong[0]],
+                f'a list or section here must be JSON: {error.__cause__}; write ["…"] or {{"…": …}}',
+            )
+            found.doubt((_top(wrong[0]),))
+            variables = {name: value for name, value in variables.items() if name not in wrong}
+        else:
+            keys = {_key_of(name): places[name] for name in variables}
+            tables = {key[:end]: place for key, place in keys.items() for end in range(1, len(key))}
+            return _Source(values, keys, tables)
 
 
 def _top(variable: str) -> str:
     return variable.lower().removeprefix(PREFIX.lower()).split("__")[0]
 
 
-def _environment_source(environ: Mapping[str, str]) -> tuple[_Source, list[str]]:
+def _environment_source(environ: Mapping[str, str], found: _Found) -> _Source:
     ours = {
         name: value
         for name, value in environ.items()
         if name.startswith(PREFIX) and name not in RESERVED_VARIABLES and _top(name) in Settings.model_fields
     }
-    return _from_variables(ours, {name: f"environment variable {name}" for name in ours})
+    return _from_variables(ours, {name: _variable(name) for name in ours}, found)
 
 
-def _secrets_source(directory: Path | None, said_by: str) -> tuple[_Source, list[str]]:
-    """Read the secrets directory; also give the problems of files that were surely meant as settings."""
+def _variable(name: str) -> _Place:
+    return _Place(_Kind.VARIABLE, f"environment variable {name}")
+
+
+def _secrets_source(directory: Path | None, said_by: str, found: _Found) -> _Source:
+    """Read the secrets directory; files that were surely meant as settings and are none are problems."""
     if directory is None:
-        return _Source({}), []
+        return _Source({})
     if not directory.is_dir():
-        raise SettingsError(f"{said_by}: {directory}: no such secrets directory")
+        found.blind = True
+        found.problem(
+            _Place(_Kind.SECRET, said_by), f"there is no directory {directory}; name another, or leave it out"
+        )
+        return _Source({})
     variables: dict[str, str] = {}
-    places: dict[str, str] = {}
-    problems: list[str] = []
+    places: dict[str, _Place] = {}
     for path in sorted(directory.iterdir()):
         name = path.name.upper()
+        place = _Place(_Kind.SECRET, f"secret file {path}")
         if not path.is_file():
             continue
         if name.startswith(PREFIX) and _top(name) in Settings.model_fields:
-            places[name] = f"secret file {path}"
             try:
-                variables[name] = _read(path, SECRET_BYTES_MAX).strip()
+                variables[name], places[name] = _read(path, SECRET_BYTES_MAX).strip(), place
             except _Unreadable as error:
-                problems.append(f"{path}: {error}")
+                found.problem(place, str(error))
+                found.doubt(_key_of(name))
         elif name.startswith(PREFIX):
-            problems.append(f"{path}: there is no such setting{_meant_setting(name, '__', 'listener_')}")
+            found.problem(place, f"there is no such setting{_meant_setting(name, '__', 'listener_')}")
+            found.doubt(_intended(name)[0] or (_top(name),))
         elif "__" in name and _top(name) in Settings.model_fields:
-            problems.append(f"{path}: a secret file needs the prefix: name it listener_{path.name}")
-    source, empty = _from_variables(variables, places)
-    return source, problems + empty
+            found.problem(place, f"a secret file needs the prefix; name it listener_{path.name}")
+            found.doubt(_key_of(name))
+    return _from_variables(variables, places, found)
 
 
-def _flags_source(overrides: Mapping[str, str]) -> tuple[_Source, list[str]]:
-    """Read flags as if they were variables; also give the problems of those that set nothing."""
-    flags = {PREFIX + dotted.upper().replace(".", "__"): dotted for dotted in overrides}
-    problems = [
-        f"flag --set {dotted}: there is no such setting{_meant_setting(name, '.')}"
-        for name, dotted in flags.items()
-        if _top(name) not in Settings.model_fields
-    ]
-    known = {name: overrides[dotted] for name, dotted in flags.items() if _top(name) in Settings.model_fields}
-    source, empty = _from_variables(known, {name: f"flag --set {flags[name]}" for name in known})
-    return source, problems + empty
+def _flags_source(overrides: Mapping[str, str], found: _Found) -> _Source:
+    """Read flags as if they were variables."""
+    known: dict[str, str] = {}
+    places: dict[str, _Place] = {}
+    for dotted, value in overrides.items():
+        name = PREFIX + dotted.upper().replace(".", "__")
+        places[name] = _Place(_Kind.FLAG, f"flag --set {dotted}")
+        if _top(name) in Settings.model_fields:
+            known[name] = value
+        else:
+            found.problem(places[name], f"there is no such setting{_meant_setting(name, '.')}")
+            found.doubt(_intended(name)[0] or (_top(name),))
+    return _from_variables(known, places, found)
 
 
-def _unknown_variables(environ: Mapping[str, str], merged: dict[str, Any]) -> list[str]:
+def _unknown_variables(environ: Mapping[str, str], merged: dict[str, Any], found: _Found) -> None:
     """Name the LISTENER_ variables that set nothing: a misspelt one would otherwise be silently ignored."""
     referred = {value for key, value in _texts(merged) if key.endswith("_env")}
-    return [
-        f"environment variable {name}: there is no such setting{_meant_setting(name, '__', PREFIX)}"
-        for name in sorted(environ)
-        if name.startswith(PREFIX)
-        and name not in RESERVED_VARIABLES
-        and name not in referred
-        and _top(name) not in Settings.model_fields
-    ]
+    for name in environ:
+        if (
+            name.startswith(PREFIX)
+            and name not in RESERVED_VARIABLES
+            and name not in referred
+            and _top(name) not in Settings.model_fields
+        ):
+            found.problem(_variable(name), f"there is no such setting{_meant_setting(name, '__', PREFIX)}")
+            found.doubt(_intended(name)[0] or (_top(name),))
 
 
 def _texts(node: Any) -> Iterator[tuple[str, str]]:
@@ -697,23 +802,37 @@ def _merge(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 # ── What is wrong, in words ───────────────────────────────────────────────────────────────────────────
 
 
+def _like(name: str, names: Collection[str]) -> list[str]:
+    """The name among `names` that is most like `name`, if any is."""
+    return difflib.get_close_matches(name, names, n=1, cutoff=LIKENESS_MIN) if names else []
+
+
 def _meant(name: str, allowed: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
+    close = _like(name, allowed)
     return f'; did you mean "{close[0]}"?' if close else f"; known are {', '.join(allowed)}"
+
+
+def _intended(variable: str) -> tuple[Key, bool]:
+    """The setting that a variable's name, which is none, was meant to be, and whether an underscore is what
+    it lacks; empty where nobody could tell."""
+    top, *below = map(str, _key_of(variable))
+    for section, model in _SECTIONS.items():
+        if top.startswith(f"{section}_"):
+            name = top.removeprefix(f"{section}_")
+            named = section in _NAMED or name in model.model_fields
+            return (section, *([name] if named else _like(name, model.model_fields) or [name]), *below), True
+    close = _like(top, Settings.model_fields)
+    return (close[0], *below) if close else (), False
 
 
 def _meant_setting(variable: str, joint: str, prefix: str = "") -> str:
     """Propose the setting that `variable` was meant to be, spelt as its source spells settings."""
-    top, *below = variable.lower().removeprefix(PREFIX.lower()).split("__")
-    section = next((name for name in _SECTIONS if top.startswith(f"{name}_")), None)
-    if section:
-        meant = [section, top.removeprefix(f"{section}_"), *below]
-    elif close := difflib.get_close_matches(top, Settings.model_fields, n=1, cutoff=0.6):
-        meant = [close[0], *below]
-    else:
-        return _meant(top, Settings.model_fields)
-    named = prefix + (joint.join(meant).upper() if prefix.isupper() else joint.join(meant))
-    return f'; did you mean "{named}"{" (two underscores)" if section and joint == "__" else ""}?'
+    intended, lacks_underscore = _intended(variable)
+    if not intended:
+        return _meant(_top(variable), Settings.model_fields)
+    meant = joint.join(map(str, intended))
+    named = prefix + (meant.upper() if prefix.isupper() else meant)
+    return f'; did you mean "{named}"{" (two underscores)" if lacks_underscore and joint == "__" else ""}?'
 
 
 def _table_of(key: Key) -> tuple[str, Mapping[str, Any]]:
@@ -743,6 +862,9 @@ def _sentence(kind: str, message: str, key: Key) -> str:
     if kind == "missing":
         return f"{table} lacks {name}: {cure}"
     called = f"[[accounts]] {name}" if key[0] == "accounts" and len(key) > 2 else ".".join(map(str, key))
+    if kind == "model_type":
+        heading = "[[accounts]]" if key[0] == "accounts" else f"[{called}]"
+        return f"{called} is no table; write {heading} with its settings below"
     if kind.startswith("bool_"):
         return f"{called} must be true or false ({cure})"
     if kind in ("int_parsing", "float_parsing"):
@@ -750,7 +872,7 @@ def _sentence(kind: str, message: str, key: Key) -> str:
     if kind == "string_too_short":
         return f"{called} is empty; write {cure}"
     said = message.removeprefix("Value error, ").removeprefix("Input ")
-    return f"{called}: {said}{f'; write {cure}' if cure else ''}"
+    return f"{called}: {said}{f'; write {cure}' if cure and '; write ' not in said else ''}"
 
 
 def _as_key(loc: tuple[int | str, ...]) -> Key:
@@ -758,11 +880,80 @@ def _as_key(loc: tuple[int | str, ...]) -> Key:
     return tuple(part for part in loc if part != "[key]")
 
 
+# ── What is left without what is wrong ────────────────────────────────────────────────────────────────
+
+_STAND_IN = "https://unknown.invalid"
+"""In the place of a value that must be there and is wrong, so that the rest of its table can be checked. Only
+for that: whatever it is in is refused (RFC 2606: nobody has such a host)."""
+
+
+def _checked(merged: dict[str, Any], sources: Sequence[_Source], found: _Found) -> tuple[Settings, list[int]]:
+    """Settings, for which each value by itself was checked, and the number that each account had in its list.
+    What is wrong is told, and left out as if nobody had said it."""
+    try:
+        return Settings(**merged), list(range(len(merged.get("accounts", ()))))
+    except ValidationError as error:
+        details = error.errors(include_input=False, include_url=False, include_context=False)
+    keys = [_as_key(detail["loc"]) for detail in details]
+    for detail, key in zip(details, keys, strict=True):
+        if detail["type"] != "missing":
+            known = _table_of(key)[1] if detail["type"] == "extra_forbidden" else ()
+            meant = _like(str(key[-1]), known)
+            found.doubt((*key[:-1], *meant) if meant else _setting(key))
+    for detail, key in zip(details, keys, strict=True):
+        # What is missing may be there under a wrong name, or in what could not be read.
+        if detail["type"] == "missing":
+            if found.blind or found.doubtful(key[:-1], str(key[-1])):
+                continue
+            found.doubt(key)
+        found.problem(_place(sources, key), _sentence(detail["type"], detail["msg"], key))
+    rest = copy.deepcopy(merged)
+    for key in keys:
+        _leave_out(rest, _setting(key))
+    accounts = list(rest.get("accounts", ()))
+    numbers = [number for number, account in enumerate(accounts) if account is not None]
+    rest["accounts"] = [accounts[number] for number in numbers]
+    for name in _NAMED:
+        for table in rest.get(name, {}).values():
+            _stand_in(_SECTIONS[name], table)
+    for table in rest["accounts"]:
+        _stand_in(Account, table)
+    return Settings(**rest), numbers
+
+
+def _setting(key: Key) -> Key:
+    """The setting that holds what is at `key`."""
+    return key[: 3 if key[0] in (*_NAMED, "accounts") else 2]
+
+
+def _leave_out(values: Any, key: Key) -> None:
+    """Take what is at `key` out of `values`; a place in a list stays, empty."""
+    *path, last = key
+    for part in path:
+        values = values.get(part) if isinstance(values, dict) else values[int(part)]
+        if values is None:
+            return
+    if isinstance(values, dict):
+        values.pop(last, None)
+    else:
+        values[int(last)] = None
+
+
+def _stand_in(model: type[BaseModel], table: dict[str, Any]) -> None:
+    for name, info in model.model_fields.items():
+        if info.is_required():
+            table.setdefault(name, _STAND_IN)
+
+
 # ── The files that settings point to ──────────────────────────────────────────────────────────────────
 
 
 class _Unreadable(Exception):
-    """Why a file could not be read, as the rest of a sentence."""
+    """Why a file could not be read, and the cure, as the rest of a sentence."""
+
+    def __init__(self, cause: str, cure: str) -> None:
+        super().__init__(f"{cause}; {cure}")
+        self.cause = cause
 
 
 def _read(path: Path, bytes_max: int) -> str:
@@ -770,13 +961,17 @@ def _read(path: Path, bytes_max: int) -> str:
         with path.open("rb") as file:
             content = file.read(bytes_max + 1)
     except OSError as error:
-        raise _Unreadable(f"it cannot be read ({error.strerror or error})") from None
+        raise _Unreadable(
+            f"it cannot be read ({error.strerror or error})", "name a file that this user may read"
+        ) from None
     if len(content) > bytes_max:
-        raise _Unreadable(f"it is larger than {bytes_max} bytes, so it is the wrong file")
+        raise _Unreadable(
+            f"it is larger than {bytes_max} bytes, so it is the wrong file", "name the right one"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise _Unreadable("it is not UTF-8 text") from None
+        raise _Unreadable("it is not UTF-8 text", "save it as UTF-8") from None
 
 
 def _secret(
@@ -792,13 +987,12 @@ def _secret(
                 text = _read(holder[key], SECRET_BYTES_MAX).strip()
             except _Unreadable as error:
                 return None, f"{key} {holder[key]}: {error}"
-            return (SecretStr(text), None) if text else (None, f"{key} {holder[key]} is empty")
+            return (SecretStr(text), None) if text else (None, f"{key} {holder[key]} is empty; fill it in")
         case [key] if key.endswith("_env"):
-            text = environ.get(holder[key], "")
+            if text := environ.get(holder[key], ""):
+                return SecretStr(text), None
             state = "empty" if holder[key] in environ else "not set"
-            return (
-                (SecretStr(text), None) if text else (None, f"{key}: the variable {holder[key]} is {state}")
-            )
+            return None, f"{key}: the variable {holder[key]} is {state}; set it, or name another"
         case [key] if isinstance(holder[key], SecretStr) and not holder[key].get_secret_value():
             return None, f"{key} is empty; write it, or leave it out"
         case [key]:
@@ -807,38 +1001,46 @@ def _secret(
             return None, None
 
 
+def _spellings(name: str) -> tuple[str, str, str]:
+    """How a secret may be given."""
+    return name, f"{name}_file", f"{name}_env"
+
+
 @dataclass
 class _Loading:
-    """One run of `load` after the merge: what is known so far, and every problem met."""
+    """One run of `load` after each value was checked: whether they go together, and what they point to."""
 
     settings: Settings
+    numbers: list[int]
+    """Which number each account has in its list."""
+    names: Mapping[str, set[str]]
+    """The names of all environments and PBXs, also of those that are wrong."""
     environ: Mapping[str, str]
     places: list[_Source]
-    problems: list[str]
+    found: _Found
+    accounts_given: bool = False
+    """Whether anybody named an account, be it a wrong one; known after `accounts`."""
 
     def problem(self, key: Key, sentence: str) -> None:
-        self.problems.append(f"{_place(self.places, key)}: {sentence}")
+        self.found.problem(_place(self.places, key), sentence)
 
     def environments(self) -> dict[str, Environment]:
         resolved = {}
         for name, environment in self.settings.environments.items():
-            given = dict(environment)
-            token, why = _secret(given, "token", self.environ)
-            if why:
-                self.problem(("environments", name), why)
-            headers = environment.headers
-            if environment.headers_file or environment.headers_env:
-                text, why = _secret(given, "headers", self.environ)
-                if why:
-                    self.problem(("environments", name), why)
-                elif text is not None:
-                    headers = self._header_lines(("environments", name), text.get_secret_value())
-            if environment.auth == "headers" and not headers and not why:
+            key = ("environments", name)
+            token = self._taken(key, dict(environment), "token")
+            headers = self._headers(key, environment)
+            if (
+                environment.auth == "headers"
+                and not headers
+                and not self.found.doubtful(key, "auth", *_spellings("headers"))
+            ):
                 self.problem(
-                    ("environments", name), 'auth = "headers" needs headers, headers_file or headers_env'
+                    key,
+                    'auth = "headers" needs headers, headers_file or headers_env; give it one of them',
                 )
             self._placeholders(name, headers)
-            self._authority(("environments", name), environment.ca_file)
+            self._authority(key, environment.ca_file)
             resolved[name] = environment.model_copy(update={"token": token, "headers": headers})
         return resolved
 
@@ -847,7 +1049,8 @@ class _Loading:
             if set(re.findall(r"\{(\w*)\}", value.get_secret_value())) - {"login", "password"}:
                 self.problem(
                     ("environments", name, "headers"),
-                    f"the header {title} has a {{…}} that is neither {{login}} nor {{password}}",
+                    f"the header {title} has a {{…}} that is neither {{login}} nor {{password}}; "
+                    "write one of these",
                 )
 
     def _authority(self, key: Key, path: Path | None) -> None:
@@ -863,117 +1066,194 @@ class _Loading:
                 f"ca_file {path}: no certificates can be read from it; it must be PEM (BEGIN CERTIFICATE)",
             )
 
-    def _header_lines(self, key: Key, text: str) -> dict[str, SecretStr]:
+    def _headers(self, key: Key, holder: Environment | Click2DialPbx) -> dict[str, SecretStr]:
+        """The headers of every request, wherever they were given."""
+        if not (holder.headers_file or holder.headers_env):
+            return holder.headers
+        text = self._taken(key, dict(holder), "headers")
         headers = {}
-        for number, line in enumerate(filter(None, map(str.strip, text.splitlines())), 1):
+        lines = text.get_secret_value().splitlines() if text is not None else []
+        for number, line in enumerate(filter(None, map(str.strip, lines)), 1):
             title, colon, value = line.partition(":")
             if not colon or not title.strip():
-                self.problem(key, f'line {number} of the given headers is no "Name: value"')
+                self.problem(
+                    key, f'line {number} of the given headers is no "Name: value"; write it like that'
+                )
+                self.found.doubt((*key, "headers"))
                 continue
             headers[title.strip()] = SecretStr(value.strip())
         return headers
 
     def accounts(self, environments: Mapping[str, Environment]) -> tuple[Account, ...]:
-        found = [
-            (_place(self.places, ("accounts", index)), account)
-            for index, account in enumerate(self.settings.accounts)
+        given: list[tuple[_Place, Key, Account]] = [
+            (_place(self.places, ("accounts", number)), ("accounts", number), account)
+            for number, account in zip(self.numbers, self.settings.accounts, strict=True)
         ]
         if self.settings.accounts_file is not None:
-            found += self._accounts_file(self.settings.accounts_file)
-        accounts: dict[tuple[str, str], tuple[str, Account]] = {}
-        names: dict[str, str] = {}
-        for place, given in found:
-            account = given if given.name else given.model_copy(update={"name": given.login})
-            password, why = _secret(dict(account), "password", self.environ)
-            problem = why or self._account_problem(account, password, environments)
-            identity = (account.environment, account.login)
-            if identity in accounts:
-                first, _ = accounts[identity]
-                problem = f"{account.login} is already an account of {account.environment}, at {first}"
-            elif account.name in names:
-                problem = (
-                    f"the name {account.name} is taken at {names[account.name]}; give this one another name"
-                )
-            if problem:
-                self.problems.append(f"{place}: {problem}")
-            names[account.name] = place
-            accounts[identity] = (place, account.model_copy(update={"password": password}))
-        return tuple(account for _, account in accounts.values())
+            given += self._accounts_file(self.settings.accounts_file)
+        accounts: list[Account] = []
+        identities: dict[tuple[str, str], _Place] = {}
+        names: dict[str, _Place] = {}
+        for place, key, account in given:
+            doubtful = self.found.doubtful
+            password = None
+            problems = []
+            if not doubtful(key, *_spellings("password")):
+                password, why = _secret(dict(account), "password", self.environ)
+                if why:
+                    problems.append(why)
+                    self.found.doubt((*key, "password"))
+            problems += self._account_problems(account, key, password, environments)
+            known = account if account.name else account.model_copy(update={"name": account.login})
+            identity = None
+            if not doubtful(key, "environment", "login"):
+                identity = (account.environment, account.login)
+            if identity is not None and identity in identities:
+                # Whatever else is wrong with it goes with it.
+                first = identities[identity]
+                said = f"{account.login} is already an account of {account.environment}, at {first}"
+                problems = [f"{said}; remove one of them"]
+            elif not doubtful(key, "name", *() if account.name else ("login",)):
+                if known.name in names:
+                    problems.append(
+                        f"the name {known.name} is taken at {names[known.name]}; give this one another name"
+                    )
+                names[known.name] = place
+                accounts.append(known.model_copy(update={"password": password}))
+            if identity is not None:
+                identities.setdefault(identity, place)
+            for problem in problems:
+                self.found.problem(place, problem)
+        self.accounts_given = bool(given)
+        return tuple(accounts)
 
-    @staticmethod
-    def _account_problem(
-        account: Account, password: SecretStr | None, environments: Mapping[str, Environment]
-    ) -> str | None:
-        environment = environments.get(account.environment)
-        if environment is None:
-            return (
-                f'account {account.login}: there is no [environments."{account.environment}"]'
-                f"{_meant(account.environment, environments) if environments else '; write one'}"
-            )
-        if environment.auth == "basic" and password is None:
-            return f"account {account.login} lacks password_file, password_env or password"
-        if environment.auth == "bearer" and password is None and environment.token is None:
-            return (
-                f"account {account.login} has no bearer token: "
-                "give it a password_file, or the environment a token_file"
-            )
-        return None
+    def _account_problems(
+        self,
+        account: Account,
+        key: Key,
+        password: SecretStr | None,
+        environments: Mapping[str, Environment],
+    ) -> list[str]:
+        """What an account lacks of its environment."""
+        doubtful, name = self.found.doubtful, account.environment
+        who = "this account" if doubtful(key, "login") else f"account {account.login}"
+        if doubtful(key, "environment") or doubtful(("environments",), name):
+            return []
+        if name not in environments:
+            known = dict.fromkeys(sorted(self.names["environments"]))
+            cure = _meant(name, known) if known else "; write one"
+            return [f'{who}: there is no [environments."{name}"]{cure}']
+        environment, home = environments[name], ("environments", name)
+        if password is not None or doubtful(key, *_spellings("password")) or doubtful(home, "auth"):
+            return []
+        if environment.auth == "basic":
+            lack = "lacks password_file, password_env or password; give it one of them"
+            return [f"{who} {lack}"]
+        can_bear = environment.token is not None or doubtful(home, *_spellings("token"))
+        if environment.auth == "bearer" and not can_bear:
+            lack = "has no bearer token; give it a password_file, or the environment a token_file"
+            return [f"{who} {lack}"]
+        return []
 
-    def _accounts_file(self, path: Path) -> list[tuple[str, Account]]:
+    def _accounts_file(self, path: Path) -> list[tuple[_Place, Key, Account]]:
         try:
             text = _read(path, ACCOUNTS_FILE_BYTES_MAX)
         except _Unreadable as error:
             self.problem(("accounts_file",), f"accounts_file {path}: {error}")
+            self.found.doubt(("accounts_file",))
             return []
         reader = csv.reader(io.StringIO(text), strict=True)
+        rows: list[tuple[_Place, Key, Account]] = []
         try:
             header = [title.strip() for title in next(reader, [])]
-            if unknown := [title for title in header if title not in Account.model_fields]:
-                sentence = f'there is no column "{unknown[0]}"{_meant(unknown[0], Account.model_fields)}'
-                self.problems.append(f"{path}:1: {sentence}")
-                return []
-            if twice := [title for index, title in enumerate(header) if title in header[:index]]:
-                self.problems.append(f'{path}:1: the column "{twice[0]}" is there twice; keep one')
-                return []
-            if lacking := [title for title in ("environment", "login") if title not in header]:
-                self.problems.append(f"{path}:1: the header row lacks the column {lacking[0]}")
-                return []
-            return list(self._rows(path, header, reader))
+            doubts = self._columns(path, header)
+            for row in reader if header else ():  # what has no column has no rows
+                rows += self._row(path, reader.line_num, header, row, doubts)
         except csv.Error as error:
-            self.problems.append(f"{path}:{reader.line_num}: this is not CSV: {error}")
-            return []
+            self.found.problem(
+                _Place(_Kind.ACCOUNTS_FILE, str(path), reader.line_num),
+                f"this is not CSV: {error}; write quotes and line breaks within quotes",
+            )
+            self.found.doubt(("accounts_file",))
+        return rows
 
-    def _rows(self, path: Path, header: list[str], reader: Any) -> Iterator[tuple[str, Account]]:
-        for row in reader:
-            place = f"{path}:{reader.line_num}"
-            if not any(map(str.strip, row)):
-                continue
-            if len(row) != len(header):
-                self.problems.append(f"{place}: {len(row)} values for {len(header)} columns")
-                continue
-            given: dict[str, Any] = {
-                title: value for title, value in zip(header, row, strict=True) if value.strip()
-            }
-            if "password_file" in given:
-                given["password_file"] = path.parent / Path(given["password_file"]).expanduser()
-            try:
-                yield place, Account.model_validate(given)
-            except ValidationError as error:
-                for detail in error.errors(include_input=False, include_url=False, include_context=False):
-                    sentence = _sentence(detail["type"], detail["msg"], ("accounts", 0, *detail["loc"]))
-                    self.problems.append(f"{place}: {_of_row(sentence)}")
+    def _columns(self, path: Path, header: list[str]) -> set[str]:
+        """Check the header row; give what is not known of any row."""
+        place = _Place(_Kind.ACCOUNTS_FILE, str(path), 1)
+        unknown = [title for title in dict.fromkeys(header) if title not in Account.model_fields]
+        for title in unknown:
+            self.found.problem(place, f'there is no column "{title}"{_meant(title, Account.model_fields)}')
+        twice = [title for title in dict.fromkeys(header) if header.count(title) > 1 and title not in unknown]
+        for title in twice:
+            self.found.problem(place, f'the column "{title}" is there twice; keep one')
+        absent = [title for title in ("environment", "login") if title not in header]
+        meant = {like for title in unknown for like in _like(title, Account.model_fields)}
+        lacking = [title for title in absent if title not in meant]
+        if lacking:
+            columns = " and ".join(f"the column {title}" for title in lacking)
+            self.found.problem(place, f"the header row lacks {columns}; add what is lacking")
+            self.found.doubt(("accounts_file",))
+        return {*twice, *absent, *meant, *unknown}
+
+    def _row(
+        self, path: Path, line: int, header: list[str], row: list[str], doubts: set[str]
+    ) -> Iterator[tuple[_Place, Key, Account]]:
+        """The account of a row, without what is wrong with it; none where nobody could tell which it is."""
+        place, key = _Place(_Kind.ACCOUNTS_FILE, str(path), line), ("row", line)
+        if not any(map(str.strip, row)):
+            return
+        if len(row) != len(header):
+            self.found.problem(
+                place,
+                f"{len(row)} values for {len(header)} columns; write one for each, be it empty",
+            )
+            self.found.doubt(("accounts_file",))
+            return
+        given: dict[str, Any] = {
+            title: value
+            for title, value in zip(header, row, strict=True)
+            if value.strip() and title not in doubts
+        }
+        if "password_file" in given:
+            given["password_file"] = path.parent / Path(given["password_file"]).expanduser()
+        for name in doubts:
+            self.found.doubt((*key, name))
+        try:
+            yield place, key, Account.model_validate(given)
+        except ValidationError as error:
+            for detail in error.errors(include_input=False, include_url=False, include_context=False):
+                if detail["loc"][0] in doubts:
+                    continue
+                sentence = _sentence(detail["type"], detail["msg"], ("accounts", 0, *detail["loc"]))
+                self.found.problem(place, _of_row(sentence))
+                self.found.doubt((*key, detail["loc"][0]))
+                given.pop(str(detail["loc"][0]), None)
+            _stand_in(Account, given)
+            yield place, key, Account.model_validate(given)
+
+    def is_deaf(self) -> bool:
+        """Whether there is surely nobody to listen to."""
+        pbxs = [(section, name) for section in ("noojee", "click2dial") for name in self.names[section]]
+        return not (
+            self.accounts_given
+            or self.settings.pbx_accounts()
+            or self.found.doubtful((), "accounts", "accounts_file", "noojee", "click2dial")
+            or any(self.found.doubtful(key, "extensions") for key in pbxs)
+        )
 
     def noojee(self) -> dict[str, NoojeePbx]:
         resolved = {}
         for name, pbx in self.settings.noojee.items():
             key = ("noojee", name)
             api_key = self._taken(key, dict(pbx), "api_key")
-            if api_key is None and not self._given(dict(pbx), "api_key"):
-                self.problem(key, f"[noojee.{name}] lacks api_key_file, api_key_env or api_key")
+            if api_key is None and not self.found.doubtful(key, *_spellings("api_key")):
+                self.problem(
+                    key, f"[noojee.{name}] lacks api_key_file, api_key_env or api_key; give it one of them"
+                )
             if not pbx.base_url.startswith("https://") and not _is_loopback(_host(pbx.base_url)):
                 self.problem(
                     (*key, "base_url"),
-                    "the API key would go over the network in clear: write https:// (Noojee requires it)",
+                    "the API key would go over the network in clear; write https:// (Noojee requires it)",
                 )
             self._pbx_name(key, name)
             self._authority(key, pbx.ca_file)
@@ -984,21 +1264,22 @@ class _Loading:
         resolved = {}
         for name, pbx in self.settings.click2dial.items():
             key = ("click2dial", name)
-            given = dict(pbx)
-            headers = pbx.headers
-            if text := self._taken(key, given, "headers") if self._given(given, "headers_") else None:
-                headers = self._header_lines(key, text.get_secret_value())
-            redis_url = self._taken(key, given, "redis_url")
+            headers = self._headers(key, pbx)
+            redis_url = self._taken(key, dict(pbx), "redis_url")
             if redis_url is not None and not redis_url.get_secret_value().startswith(REDIS_SCHEMES):
-                self.problem(key, "redis_url must begin with redis://, rediss:// or unix://")
-            webhook_token = self._taken(key, given, "webhook_token")
-            if pbx.dials and not (self._given(given, "redis_url") or self._given(given, "webhook_token")):
+                self.problem(
+                    key, "redis_url must begin with another scheme; write redis://, rediss:// or unix://"
+                )
+            webhook_token = self._taken(key, dict(pbx), "webhook_token")
+            hears = redis_url is not None or webhook_token is not None
+            ways = (*_spellings("redis_url"), *_spellings("webhook_token"))
+            if pbx.dials and not hears and not self.found.doubtful(key, *ways):
                 self.problem(
                     key,
                     f"[click2dial.{name}] dials and hears of no end; give it a redis_url_file or a "
                     "webhook_token_file",
                 )
-            if name in self.settings.noojee:
+            if name in self.names["noojee"]:
                 self.problem(key, f"the name {name} is also a [noojee.{name}]; give one of them another")
             self._pbx_name(key, name)
             self._authority(key, pbx.ca_file)
@@ -1009,7 +1290,7 @@ class _Loading:
 
     def pbx_accounts(self, accounts: Iterable[Account]) -> None:
         """An account is at one system: else nobody could say through which a call of it went."""
-        owners = {account.name: f"[[accounts]] {account.login}" for account in accounts}
+        owners = {account.name: f"[[accounts]] {account.name}" for account in accounts}
         pbxs: dict[Key, NoojeePbx | Click2DialPbx] = {
             **{("noojee", name): pbx for name, pbx in self.settings.noojee.items()},
             **{("click2dial", name): pbx for name, pbx in self.settings.click2dial.items()},
@@ -1026,37 +1307,55 @@ class _Loading:
     def _pbx_name(self, key: Key, name: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
             self.problem(key, f"the name {name!r} is part of addresses; write letters, digits, . _ and -")
-        elif name in self.settings.environments:
+        elif name in self.names["environments"]:
             self.problem(key, f"the name {name} is also an [environments.{name}]; give one of them another")
 
-    @staticmethod
-    def _given(holder: Mapping[str, Any], name: str) -> bool:
-        return any(value not in (None, {}, "") for field_, value in holder.items() if field_.startswith(name))
-
     def _taken(self, key: Key, holder: Mapping[str, Any], name: str) -> SecretStr | None:
-        """The secret given as NAME, NAME_file or NAME_env; None where none is, or a problem was noted."""
+        """The secret given as NAME, NAME_file or NAME_env; None where none is, or where it is not known."""
+        if self.found.doubtful(key, *_spellings(name)):
+            return None
         value, why = _secret(holder, name, self.environ)
         if why:
             self.problem(key, why)
+            self.found.doubt((*key, name))
         return value
 
     def api(self, settings: Settings) -> Api:
         api = settings.api
         token = self._taken(("api",), dict(api), "token")
-        if token is None and not self._given(dict(api), "token") and settings.anybody_dials():
+        if (
+            token is None
+            and not self.found.doubtful(("api",), *_spellings("token"))
+            and settings.anybody_dials()
+        ):
             self.problem(
-                ("api",),
+                self._dialling(settings),
                 "something here has dials = true, and [api] has no token, so nobody could ask for a dial; "
                 "set api.token_file, or leave dials out",
             )
         return api.model_copy(update={"token": token})
 
+    def _dialling(self, settings: Settings) -> Key:
+        """A key that lets somebody dial; of an accounts file, that of the file."""
+        named = (
+            (section, name, table) for section in _NAMED for name, table in getattr(settings, section).items()
+        )
+        keys: list[Key] = [(section, name, "dials") for section, name, table in named if table.dials]
+        keys += [
+            ("accounts", number, "dials")
+            for number, account in zip(self.numbers, self.settings.accounts, strict=True)
+            if account.dials
+        ]
+        return min(keys, key=lambda key: _place(self.places, key), default=("accounts_file",))
+
     def operations(self) -> Operations:
         operations = self.settings.operations
-        token, why = _secret(dict(operations), "token", self.environ)
-        if why:
-            self.problem(("operations",), why)
-        elif token is None and not _is_loopback(operations.host):
+        token = self._taken(("operations",), dict(operations), "token")
+        if (
+            token is None
+            and not _is_loopback(operations.host)
+            and not self.found.doubtful(("operations",), *_spellings("token"))
+        ):
             self.problem(
                 ("operations", "host"),
                 f"operations.host {operations.host} is not loopback, so anybody there could read everything; "
@@ -1068,16 +1367,6 @@ class _Loading:
 def _of_row(sentence: str) -> str:
     """Say of a row of the accounts file what `_sentence` said of a table."""
     return sentence.replace("[[accounts]] lacks", "this row lacks").removeprefix("[[accounts]] ")
-
-
-def _without(values: Mapping[str, Any], key: Key) -> dict[str, Any]:
-    """Give `values` without the one at `key`, or without what is there in the place of its table."""
-    first, *rest = map(str, key)
-    below = values.get(first)
-    kept = {name: value for name, value in values.items() if name != first}
-    if rest and isinstance(below, dict) and rest[0] in below:
-        kept[first] = _without(below, tuple(rest))
-    return kept
 
 
 def _host(url: str) -> str:
@@ -1092,21 +1381,13 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _place(sources: list[_Source], key: Key) -> str:
-    """Name where `key` was said, the strongest source first; for a key nobody said, the table above it."""
+def _place(sources: Sequence[_Source], key: Key) -> _Place:
+    """Where `key` was said, the strongest source first; for a key nobody said, its table."""
     for end in range(len(key), 0, -1):
-        for source in sources:
-            if key[:end] in source.places:
-                return source.places[key[:end]]
-    return next(
-        (place for source in sources for place in source.places.values() if source.values), "settings"
-    )
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        rest = [f"and {len(problems) - PROBLEMS_MAX} problems more"] if len(problems) > PROBLEMS_MAX else []
-        raise SettingsError("\n".join(problems[:PROBLEMS_MAX] + rest))
+        for places in (*(each.places for each in sources), *(each.tables for each in sources)):
+            if key[:end] in places:
+                return places[key[:end]]
+    return _Place(_Kind.CONFIGURATION, "settings")
 
 
 def find(given: Path | None, environ: Mapping[str, str]) -> Path | None:
@@ -1127,59 +1408,48 @@ def load(
     *,
     environ: Mapping[str, str] | None = None,
     secrets_dir: Path | None = None,
+    listens: bool = False,
 ) -> Settings:
     """Read every source, check all of it, and give the settings with every secret and account in place.
 
     `path` is the TOML file, or None for none (see `find`). `overrides` are flags as typed, keyed by
     dotted path ("operations.port"). `secrets_dir` falls back on LISTENER_SECRETS_DIR and systemd's
-    CREDENTIALS_DIRECTORY. Raises SettingsError, whose message has a line for every problem found. Reads
-    files, also on every reload; opens no connection.
+    CREDENTIALS_DIRECTORY. With `listens`, settings that name no account are a problem too. Raises
+    SettingsError, whose message has a line for every problem found, sorted by file and line. Reads files,
+    also on every reload; opens no connection.
     """
     environ = os.environ if environ is None else environ
     said_by = "--secrets-dir"
     for variable in ("LISTENER_SECRETS_DIR", "CREDENTIALS_DIRECTORY"):
         if secrets_dir is None and environ.get(variable):
             secrets_dir, said_by = Path(environ[variable]), f"environment variable {variable}"
-    toml = _Source({}) if path is None else _from_toml(path)
-    flags, problems = _flags_source(overrides or {})
-    secrets, unusable = _secrets_source(secrets_dir, said_by)
-    variables, empty = _environment_source(environ)
-    problems += unusable + empty
-    sources = [flags, variables, secrets, toml]
+    found = _Found()
+    toml = _Source({}) if path is None else _from_toml(path, found)
+    sources = [
+        _flags_source(overrides or {}, found),
+        _environment_source(environ, found),
+        _secrets_source(secrets_dir, said_by, found),
+        toml,
+    ]
     merged: dict[str, Any] = {}
     for source in reversed(sources):
         merged = _merge(merged, source.values)
-    problems += _unknown_variables(environ, merged)
-    wrong: list[Key] = []
-    try:
-        settings = Settings(**merged)
-    except ValidationError as error:
-        for detail in error.errors(include_input=False, include_url=False, include_context=False):
-            wrong.append(key := _as_key(detail["loc"]))
-            problems.append(f"{_place(sources, key)}: {_sentence(detail['type'], detail['msg'], key)}")
-        # What does not depend on the wrong values is checked all the same: a site mends all of it at once.
-        for key in wrong:
-            merged = _without(merged, key[:1] if key[0] in (*_NAMED, "accounts") else key)
-        try:
-            settings = Settings(**merged)
-        except ValidationError:
-            _refuse(problems)
-            raise
-    loading = _Loading(settings, environ, sources, problems)
-    broken = {key[0] for key in wrong}
-    checked: dict[str, Any] = {}
-    if not broken & {"environments", "accounts"}:
-        checked["environments"] = loading.environments()
-        checked["accounts"] = loading.accounts(checked["environments"])
-    if not broken & {"environments", "accounts", "noojee", "click2dial"}:
-        loading.pbx_accounts(checked["accounts"])
-    if "noojee" not in broken:
-        checked["noojee"] = loading.noojee()
-    if "click2dial" not in broken:
-        checked["click2dial"] = loading.click2dial()
-    if not any(key[0] == "operations" and str(key[-1]).startswith("token") for key in wrong):
-        checked["operations"] = loading.operations()
-    if not any(key[0] == "api" and str(key[-1]).startswith("token") for key in wrong):
-        checked["api"] = loading.api(settings.model_copy(update=checked))
-    _refuse(problems)
+    if not found.blind:  # else what cannot be read may name them
+        _unknown_variables(environ, merged, found)
+    settings, numbers = _checked(merged, sources, found)
+    if found.blind:
+        found.refuse()
+    names = {name: set(merged[name]) if isinstance(merged.get(name), dict) else set() for name in _NAMED}
+    loading = _Loading(settings, numbers, names, environ, sources, found)
+    checked: dict[str, Any] = {"environments": loading.environments()}
+    checked["accounts"] = loading.accounts(checked["environments"])
+    checked["noojee"] = loading.noojee()
+    checked["click2dial"] = loading.click2dial()
+    checked["operations"] = loading.operations()
+    checked["api"] = loading.api(settings.model_copy(update=checked))
+    loading.pbx_accounts(checked["accounts"])
+    if listens and loading.is_deaf():
+        said = "no listener.toml" if path is None else str(path)
+        found.problem(_Place(_Kind.CONFIGURATION, said), f"[[accounts]]: {NO_ACCOUNT}")
+    found.refuse()
     return settings.model_copy(update=checked)

@@ -345,7 +345,10 @@ def test_an_address_that_cannot_be_read(dsn: str, capsys: pytest.CaptureFixture[
     for command in (["db", "current"], ["calls"], ["run"], ["check-config"]):
         code, out, said = _run(capsys, *command, "--set", f"store.dsn={dsn}")
         assert (code, out) == (cli.USAGE, "")
-        assert said.startswith("listener: store.dsn: it cannot be read as an address; write postgresql://")
+        told = (
+            "listener: flag --set store.dsn: store.dsn: it cannot be read as an address; write postgresql://"
+        )
+        assert said.splitlines()[-1].startswith(told)
         assert dsn.removeprefix("postgresql://") not in said
 
 
@@ -358,11 +361,14 @@ def test_an_address_of_any_form_is_taken(dsn: str, capsys: pytest.CaptureFixture
 
 
 def test_check_config_names_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Settings that cannot be run with are named line by line, with exit code 2."""
+    """Settings that cannot be run with are named line by line, with exit code 2; that they name nobody to
+    listen to is one of them, and `run` says the same."""
     (tmp_path / "listener.toml").write_text("[log]\nlevel = 'x'\n[stor]\n")
     code, out, said = _run(capsys, "check-config")
     assert (code, out) == (2, "")
+    assert _run(capsys, "run") == (code, out, said)
     assert [line.partition(": ")[2].partition(": ")[0] for line in said.splitlines()] == [
+        "listener.toml",
         "listener.toml:2",
         "listener.toml:3",
     ]
@@ -373,6 +379,8 @@ def test_a_flag_without_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, said = _run(capsys, "check-config", "--set", "log.level")
     assert code == cli.USAGE
     assert "--set section.key=value" in said
+    _, _, said = _run(capsys, "check-config", "--set", "log.level", "--set", "log.format")
+    assert len(said.splitlines()) == 2
 
 
 def test_run_without_accounts(capsys: pytest.CaptureFixture[str]) -> None:

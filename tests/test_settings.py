@@ -221,8 +221,10 @@ def test_lines_survive_whatever_toml_allows(write: Write) -> None:
           = "josn"
         '''.replace("format\n          = ", "format = "),
     )
-    problems = _problems(path)
+    problems = _problems(path, {"[operations]\nport = 1": "x"})
     assert [problem.partition(": ")[0] for problem in problems] == [f"{path}:8", f"{path}:11"]
+    # A name that is not given its value there is told in one line all the same.
+    assert len(_problems(path)) == 3
 
 
 @pytest.mark.parametrize(
@@ -242,8 +244,8 @@ def test_lines_survive_whatever_toml_allows(write: Write) -> None:
             'LISTENER_LOG_LEVEL: there is no such setting; did you mean "LISTENER_LOG__LEVEL" (two unders',
         ),
         ({"LISTENER_ZZZ": "1"}, "LISTENER_ZZZ: there is no such setting; known are store, "),
-        ({"LISTENER_STORE__DSN": ""}, "LISTENER_STORE__DSN is empty; give a value, or leave it out"),
-        ({"LISTENER_ACCOUNTS_FILE": ""}, "LISTENER_ACCOUNTS_FILE is empty"),
+        ({"LISTENER_STORE__DSN": ""}, "LISTENER_STORE__DSN: it is empty; give a value, or leave it out"),
+        ({"LISTENER_ACCOUNTS_FILE": ""}, "LISTENER_ACCOUNTS_FILE: it is empty"),
         ({"LISTENER_STORE__DSN": SECRET}, "LISTENER_STORE__DSN: store.dsn: it must begin with postgresql://"),
         ({"LISTENER_ACCOUNTS": "[" + SECRET}, "LISTENER_ACCOUNTS: a list or section here must be JSON"),
     ],
@@ -260,7 +262,7 @@ def test_a_wrong_variable_is_named(environ: dict[str, str], part: str) -> None:
     [
         ("listener_stor__dsn", 'there is no such setting; did you mean "listener_store__dsn"?'),
         ("listener_store_dsn", 'did you mean "listener_store__dsn" (two underscores)?'),
-        ("store__dsn", "needs the prefix: name it listener_store__dsn"),
+        ("store__dsn", "needs the prefix; name it listener_store__dsn"),
         ("listener_operations__port", "operations.port must be a whole number"),
     ],
 )
@@ -284,7 +286,7 @@ def test_a_flag_that_sets_nothing_is_named() -> None:
     (problem,) = _problems(None, overrides={"logg.level": "info"})
     assert problem == 'flag --set logg.level: there is no such setting; did you mean "log.level"?'
     (problem,) = _problems(None, overrides={"store.dsn": ""})
-    assert problem == "flag --set store.dsn is empty; give a value, or leave it out"
+    assert problem == "flag --set store.dsn: it is empty; give a value, or leave it out"
     (problem,) = _problems(None, overrides={"log": "x"})
     assert problem.startswith("flag --set log: ")
     (problem,) = _problems(None, overrides={"log.level.deep": "x"})
@@ -296,9 +298,9 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     (problem,) = _problems(tmp_path / "none.toml")
     assert "none.toml: it cannot be read (No such file or directory); name another file with -c" in problem
     (problem,) = _problems(None, secrets_dir=tmp_path / "none")
-    assert problem == f"--secrets-dir: {tmp_path / 'none'}: no such secrets directory"
+    assert problem.startswith(f"--secrets-dir: there is no directory {tmp_path / 'none'}; name another")
     (problem,) = _problems(None, {"LISTENER_SECRETS_DIR": "none"})
-    assert problem == "environment variable LISTENER_SECRETS_DIR: none: no such secrets directory"
+    assert problem.startswith("environment variable LISTENER_SECRETS_DIR: there is no directory none; name")
     (problem,) = _problems(None, {"LISTENER_ACCOUNTS_FILE": str(tmp_path / "none.csv")})
     assert problem.startswith("environment variable LISTENER_ACCOUNTS_FILE: accounts_file")
 
@@ -307,7 +309,7 @@ def test_an_empty_secret_file_is_named(write: Write) -> None:
     """A secret that somebody forgot to fill in is refused, whatever it is for."""
     path = write("secrets/listener_log__level", "\n")
     (problem,) = _problems(None, secrets_dir=path.parent)
-    assert problem == f"secret file {path} is empty; give a value, or leave it out"
+    assert problem == f"secret file {path}: it is empty; give a value, or leave it out"
 
 
 def test_problems_of_both_kinds_are_named_together(write: Write) -> None:
@@ -317,10 +319,265 @@ def test_problems_of_both_kinds_are_named_together(write: Write) -> None:
     assert len(problems) == 3
     for problem, part in zip(
         problems,
-        ["operations.port: should be greater", 'no [environments."prd"]', "is not loopback"],
+        ['no [environments."prd"]', "is not loopback", "operations.port: should be greater"],
         strict=True,
     ):
         assert part in problem
+
+
+def test_one_wrong_section_hides_no_problem_of_another(write: Write) -> None:
+    """Whoever mends what is named has mended all: also accounts of a wrong environment, beside a wrong
+    account, and the names of PBXs are looked at; and it is told in the order of the files' lines."""
+    csv = write("accounts.csv", f"environment,login,password,dials\nlab,a,{SECRET},maybe\nlba,b,{SECRET},\n")
+    path = write(
+        "listener.toml",
+        f"""\
+        accounts_file = "accounts.csv"
+        [noojee.lab]
+        base_url = "https://noojee.example.com"
+        api_key = "{SECRET}"
+        subscribe = 5
+        extensions = {{ 101 = "agent1" }}
+        [[accounts]]
+        environment = "prod"
+        login = "agent1"
+        [[accounts]]
+        environment = "prd"
+        login = "agent2"
+        password = "{SECRET}"
+        [[accounts]]
+        login = ""
+        environment = "prod"
+        password_file = "none"
+        [store]
+        dsn = "postgresql://[nowhere"
+        [operations]
+        host = "0.0.0.0"
+        prot = 9
+        [environments.prod]
+        base_url = "gws.example.com"
+        [environments.lab]
+        base_url = "http://lab"
+        verify = "perhaps"
+        token_env = "NOT_SET"
+        [log]
+        level = "loud"
+        """,
+    )
+    problems = _problems(path, {"LISTENER_OPERATION__PORT": "1"}, overrides={"log.format": "x"})
+    told = [
+        (f"{path}:2", "the name lab is also an [environments.lab]"),
+        (f"{path}:5", "noojee.lab.subscribe must be true or false"),
+        (f"{path}:6", "the account agent1 is taken by [[accounts]] agent1"),
+        (f"{path}:7", "account agent1 lacks password_file"),
+        (f"{path}:10", 'account agent2: there is no [environments."prd"]; did you mean "prod"?'),
+        (f"{path}:14", "password_file"),
+        (f"{path}:15", "[[accounts]] login is empty"),
+        (f"{path}:19", "store.dsn: it cannot be read as an address"),
+        (f"{path}:21", "operations.host 0.0.0.0 is not loopback"),
+        (f"{path}:22", 'no setting "prot" in [operations]'),
+        (f"{path}:24", "environments.prod.base_url: it must begin with"),
+        (f"{path}:25", "token_env: the variable NOT_SET is not set"),
+        (f"{path}:27", "environments.lab.verify must be true or false"),
+        (f"{path}:30", "log.level: should be"),
+        (f"{csv}:2", "dials must be true or false"),
+        (f"{csv}:3", 'account b: there is no [environments."lba"]; did you mean "lab"?'),
+        ("environment variable LISTENER_OPERATION__PORT", "there is no such setting"),
+        ("flag --set log.format", "log.format: should be"),
+    ]
+    for problem, (place, part) in zip(problems, told, strict=True):
+        assert problem.startswith(f"{place}: "), problem
+        assert part in problem, problem
+        assert re.search(r"; |did you mean|known are|\(.*\)", problem.removeprefix(place)), (
+            f"no cure: {problem}"
+        )
+
+
+def test_the_configuration_is_told_before_thousands_of_rows(write: Write) -> None:
+    """What is wrong with many accounts does not push out what is wrong with the configuration."""
+    write("accounts.csv", "environment,login\n" + "prod\n" * 5000)
+    problems = _problems(write("listener.toml", ENVIRONMENT + "[log]\nlevel = 'x'\n"))
+    assert "log.level" in problems[0]
+
+
+WHOLE = f"""\
+[environments.e]
+base_url = 'http://e'
+[[accounts]]
+environment = 'e'
+login = 'a'
+password = '{SECRET}'
+"""
+BARE = WHOLE.replace("password", "#")
+PBX = "[noojee.n]\nbase_url = 'https://n'\napi_key = 'k'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "part"),
+    [
+        (BARE.replace("//e'", "//e'\nauth = 'basc'"), {}, "auth"),
+        (BARE + "pasword = 'x'\n", {}, 'did you mean "password"'),
+        (BARE + "password_file = 'none'\n", {}, "password_file"),
+        (BARE.replace("//e'", "//e'\nauth = 'bearer'\ntoken_file = 'none'"), {}, "token_file"),
+        (BARE.replace("//e'", "//e'\nauth = 'bearer'\ntokn = 'x'"), {}, '"token"'),
+        (BARE.replace("//e'", "//e'\nauth = 'headers'\nheaders_env = 'NONE'"), {}, "NONE is not set"),
+        (BARE.replace("//e'", "//e'\nauth = 'headers'\nheader = 'x'"), {}, '"headers"'),
+        (
+            BARE.replace("//e'", "//e'\nauth = 'headers'\nheaders_env = 'H'"),
+            {"H": "no colon"},
+            "line 1 of the given headers",
+        ),
+        (WHOLE.replace("[environments", "[enviroments"), {}, '"environments"'),
+        (WHOLE.replace("[environments.e]\nbase_url = 'http://e'", "environments = 5"), {}, "environments"),
+        (WHOLE.replace("[environments.e]\nbase_url = 'http://e'", "environments.e = 5"), {}, "environments"),
+        (WHOLE.replace("base_url", "base_ur"), {}, '"base_url"'),
+        (WHOLE.replace("login", "logn"), {}, '"login"'),
+        (WHOLE.replace("[[accounts]]", "[[acounts]]"), {}, '"accounts"'),
+        (WHOLE.replace("'http://e'", "'e'") + PBX.replace("noojee.n", "noojee.e"), {}, None),
+        (WHOLE + PBX.replace("https://n", "n"), {}, "base_url"),
+        (WHOLE + PBX.replace("'k'", "5"), {}, "api_key"),
+        (WHOLE + PBX + "dials = true\n[api]\ntokenfile = 'x'\n", {}, '"token_file"'),
+        (WHOLE + PBX + "dials = true\n[apis]\ntoken = 'x'\n", {}, '"api"'),
+        (WHOLE + PBX + "dials = true\n", {"LISTENER_API__TOKEN": ""}, "LISTENER_API__TOKEN"),
+        (WHOLE + PBX + "dials = true\n", {"LISTENER_API_TOKEN": "x"}, "LISTENER_API_TOKEN"),
+        ("[operations]\nhost = '::'\n", {"LISTENER_OPERATIONS__TOKEN": ""}, "LISTENER_OPERATIONS__TOKEN"),
+        ("[operations]\nhost = '::'\n", {"LISTENER_OPERATION__TOKEN": "x"}, "LISTENER_OPERATION__TOKEN"),
+        ("[operations]\nhost = '::'\n", {"LISTENER_SECRETS_DIR": "none"}, "there is no directory none"),
+        (WHOLE, {"LISTENER_ENVIRONMENTS": "{"}, "must be JSON"),
+        (BARE, {"LISTENER_ACCOUNTS": "["}, "must be JSON"),
+        (
+            "[click2dial.c]\nbase_url = 'http://c'\ndials = true\nwebhook_tokn = 'x'\n[api]\ntoken = 't'\n",
+            {},
+            '"webhook_token"',
+        ),
+    ],
+)
+def test_what_only_follows_is_not_told(
+    write: Write, text: str, environ: dict[str, str], part: str | None
+) -> None:
+    """One mistake is one line: what would be in order if that were mended is not named beside it."""
+    path = write("listener.toml", text)
+    problems = _problems(path, environ, listens=True) if "accounts" in text else _problems(path, environ)
+    if part is None:
+        assert len(problems) == 2  # the address, and a name that is taken whatever the address is
+    else:
+        (problem,) = problems
+        assert part in problem
+
+
+def test_what_only_follows_from_another_source_is_not_told(write: Write) -> None:
+    """A misspelt flag and a misspelt secret file may be what is missed, as a misspelt setting may."""
+    path = write("listener.toml", "[operations]\nhost = '::'\n")
+    (problem,) = _problems(path, overrides={"operation.token": "x"})
+    assert "flag --set operation.token" in problem
+    secret = write("secrets/listener_operation__token", SECRET)
+    (problem,) = _problems(path, secrets_dir=secret.parent)
+    assert str(secret) in problem
+
+
+def test_accounts_that_are_not_known_are_not_compared(write: Write) -> None:
+    """Two that lack their logins are not one account, nor of one name, and what else they lack is told."""
+    nobody = "[[accounts]]\nenvironment = 'e'\nlogin = ''\n"
+    problems = _problems(write("listener.toml", WHOLE + 2 * nobody + PBX + "extensions = { 1 = 'a' }\n"))
+    assert [problem.partition(": ")[2][:28] for problem in problems] == [
+        "this account lacks password_",
+        "[[accounts]] login is empty;",
+        "this account lacks password_",
+        "[[accounts]] login is empty;",
+        "the account a is taken by [[",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (
+            "noojee.c = 5\n[click2dial.c]\nbase_url = 'http://c'\n" + WHOLE,
+            ["is no table", "also a [noojee.c]"],
+        ),
+        (PBX + "extensions = 5\n", ["noojee.n.extensions: should be"]),
+    ],
+)
+def test_a_pbx_that_is_wrong_is_there(write: Write, text: str, parts: list[str]) -> None:
+    """Its name is taken, and its accounts are somebody to listen to."""
+    problems = _problems(write("listener.toml", text), listens=True)
+    for problem, part in zip(problems, parts, strict=True):
+        assert part in problem
+
+
+@pytest.mark.parametrize(
+    ("csv", "parts"),
+    [
+        ("environment,login,pasword\ne,a,x\n", ['"pasword"']),
+        ("enviroment,login,password\ne,a,x\n", ['"enviroment"']),
+        ("login,password\na,x\n", ["the column environment"]),
+        ("\na,x\n", ["the column environment and the column login"]),
+        ("environment,login,password,password\ne,a,x,x\n", ["password"]),
+        ("environment,login,colour,tnant\nx,a,,\n", ['"colour"', '"tnant"', '[environments."x"]']),
+        ("environment,login,password\ne,a\ne,b,x\ne,b,x\n", ["2 values for 3", "already an account"]),
+        ('environment,login,password\nx,a,x\ne,b,"x\n', ['[environments."x"]', "not CSV"]),
+        ("environment,login,password,dials\ne,a,,maybe\n", ["dials must be", "account a lacks"]),
+        ("environment,login,password\n", ["no account to listen to"]),
+    ],
+)
+def test_of_an_accounts_file_all_is_told_and_nothing_twice(write: Write, csv: str, parts: list[str]) -> None:
+    """A wrong header or row hides no other, and no row lacks what its header misspells."""
+    write("accounts.csv", csv)
+    text = "accounts_file = 'accounts.csv'\n[environments.e]\nbase_url = 'http://e'\n"
+    problems = _problems(write("listener.toml", text), listens=True)
+    for problem, part in zip(problems, parts, strict=True):
+        assert part in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (
+            "environments.e = 5\n" + WHOLE.partition("\n[[")[2].join(["[[", ""]),
+            "environments.e is no table; ",
+        ),
+        ("accounts = [3]\n", "accounts.0 is no table; write [[accounts]] with"),
+        ("log = 5\n", "log is no table; write [log] with its settings below"),
+    ],
+)
+def test_what_should_be_a_table(write: Write, text: str, part: str) -> None:
+    """Is told how a table is opened; the accounts of an environment that is none are not missed."""
+    (problem,) = _problems(write("listener.toml", text))
+    assert part in problem
+
+
+def test_an_account_lacks_and_has_a_name_that_is_taken(write: Write) -> None:
+    """Two things are wrong with it, so both are told."""
+    two = "[environments.f]\nbase_url = 'http://f'\n[[accounts]]\nenvironment = 'f'\nlogin = 'a'\n"
+    problems = _problems(write("listener.toml", WHOLE + two))
+    assert ["lacks password" in problem for problem in problems] == [True, False]
+    assert ["the name a is taken" in problem for problem in problems] == [False, True]
+
+
+def test_all_sources_are_told_when_one_cannot_be_read(write: Write, tmp_path: Path) -> None:
+    """A file that is not TOML, a directory that is not there and a wrong flag are three lines; what the file
+    would have said is not missed."""
+    path = write("listener.toml", "[environments.prod]\nbase_url = 'http://x'\n[[[\n")
+    problems = _problems(
+        path,
+        {"LISTENER_ENVIRONMENTS__PROD__AUTH": "bearer", "LISTENER_LIMITS": "{", "LISTENER_A_PASSWORD": "x"},
+        overrides={"log.level": "x"},
+        secrets_dir=tmp_path / "none",
+        listens=True,
+    )
+    assert [problem.partition(": ")[0] for problem in problems] == [
+        f"{path}:3",
+        "--secrets-dir",
+        "environment variable LISTENER_LIMITS",
+        "flag --set log.level",
+    ]
+
+
+def test_nobody_could_be_asked_to_dial_where_that_is_allowed(write: Write) -> None:
+    """A token for the API is missed at the line that lets somebody dial."""
+    path = write("listener.toml", WHOLE + PBX + "dials = true\n")
+    (problem,) = _problems(path)
+    assert problem.startswith(f"{path}:10: ")
 
 
 def test_of_a_broken_token_no_lack_is_told(write: Write) -> None:
@@ -428,7 +685,7 @@ def test_the_three_ways_to_log_in(write: Write) -> None:
         ('login = "a"\npassword_file = "none"', "it cannot be read (No such file or directory)"),
         ('login = "a"\npassword_file = "empty"', "is empty"),
         ('login = "a"\npassword_file = "large"', "larger than 65536 bytes"),
-        ('login = ""', "[[accounts]] login is empty; write the login at the GWS"),
+        ('login = ""\npassword = "x"', "[[accounts]] login is empty; write the login at the GWS"),
     ],
 )
 def test_a_missing_secret_is_named(write: Write, account: str, part: str) -> None:
@@ -685,7 +942,7 @@ def test_secrets_of_a_pbx_are_never_shown(write: Write) -> None:
     [
         ('[noojee.a]\nbase_url = "https://a"\n', "[noojee.a] lacks api_key_file"),
         ('[noojee.a]\nbase_url = "https://a"\napi_key_env = "GONE"\n', "the variable GONE is not set"),
-        ('[noojee.a]\nbase_url = "http://a"\napi_key = "k"\n', "in clear: write https://"),
+        ('[noojee.a]\nbase_url = "http://a"\napi_key = "k"\n', "in clear; write https://"),
         ('[noojee.a]\nbase_url = "a"\napi_key = "k"\n', "noojee.a.base_url: it must begin with http://"),
         (
             '[noojee.a]\nbase_url = "https://a"\napi_key = "k"\nextensions = { "SIP/1" = "x" }\n',
