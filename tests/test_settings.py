@@ -533,7 +533,7 @@ def test_of_an_accounts_file_all_is_told_and_nothing_twice(write: Write, csv: st
     ("text", "part"),
     [
         (
-            "environments.e = 5\n" + WHOLE.partition("\n[[")[2].join(["[[", ""]),
+            WHOLE.replace("[environments.e]\nbase_url = 'http://e'", "environments.e = 5"),
             "environments.e is no table; ",
         ),
         ("accounts = [3]\n", "accounts.0 is no table; write [[accounts]] with"),
