@@ -327,9 +327,16 @@ def _gathered(
         least = max(GATHERED_MIN, GATHERED_SHARE * total)
         return {value: dials for value, dials in counted.items() if value and dials >= min(least, total)}
 
+    def wide(dimension: str, value: str) -> _Place:
+        return (system, value, "") if dimension == "account" else (system, "", value)
+
+    def beyond(dimension: str) -> float:
+        """Failures at those places beyond their part of all dials: where all dial, failures do not gather."""
+        dials = sum(here.dials[wide(dimension, value)] for value in found[dimension])
+        return sum(found[dimension].values()) - total * dials / max(here.dials[system, "", ""], 1)
+
     found = {dimension: gathered(dimension) for dimension in _ALIKE}
-    # In few rather than in many: one account and two beginnings are that account.
-    chosen = max(_ALIKE, key=lambda dimension: max(found[dimension].values(), default=0))
+    chosen = max(_ALIKE, key=beyond)
     now, past = here.figures(kind, (system, "", "")), earlier.figures(kind, (system, "", ""))
     rest = [tally for value, those in by[chosen].items() if value not in found[chosen] for tally in those]
     for value in found[chosen]:
@@ -341,9 +348,8 @@ def _gathered(
             numbers.pop() if len(numbers) == 1 else "",
         )
         yield _group(kind, place, those, here.figures(kind, place), earlier.figures(kind, place))
-        wide = (system, value, "") if chosen == "account" else (system, "", value)
-        now = _without(now, here.figures(kind, wide))
-        past = _without(past, earlier.figures(kind, wide))
+        now = _without(now, here.figures(kind, wide(chosen, value)))
+        past = _without(past, earlier.figures(kind, wide(chosen, value)))
     if rest:
         yield _group(kind, (system, "", ""), rest, now, past, elsewhere=bool(found[chosen]))
 

@@ -300,11 +300,22 @@ def test_where_a_cause_is_gathered_is_a_group_of_its_own(name: str) -> None:
         group = next(each for each in answer.groups if condition in each.conditions)
         assert group.outcome is outcome
         assert not group.elsewhere
-    for rest in (each for each in answer.groups if each.elsewhere):
-        assert rest.now.share < 0.1
-        (system,) = rest.conditions
-        assert f"{system}, elsewhere" in str(rest)
-        assert rest.now.dials < sum(each.dials for each in day(1, incident) if each.system == system.value)
+
+
+def test_those_elsewhere_are_counted_without_those_that_are_named() -> None:
+    """Failures, dials, the past, the time of the last and its example: no dial is in two groups."""
+
+    def well(dials: int, account: str) -> Tally:
+        return failing(dials, 59, account=account, outcome=Outcome.ANSWERED, cause="", leg=None, example="")
+
+    others = [failing(2, 20 + number, account=f"a{number}") for number in range(5)]
+    now = [failing(12, 30), *others, well(8, "ann"), well(40, "a0")]
+    named, rest = explain(now, [failing(1, 1), failing(3, 1, account="a1"), well(50, "ann")]).groups
+    assert Condition("account", "ann") in named.conditions
+    assert (named.now, named.before, named.elsewhere) == (Figures(20, 12), Figures(51, 1), False)
+    assert (rest.now, rest.before, rest.elsewhere) == (Figures(50, 10), Figures(3, 3), True)
+    assert (rest.last_at, rest.example) == (STARTED + timedelta(minutes=24), "d-24")
+    assert str(rest) == "busy (CallState 6) on the callee's leg: system gws, elsewhere"
 
 
 def test_the_same_cause_on_another_leg_is_another_group() -> None:
