@@ -161,7 +161,7 @@ def closes(heard: Heard, decoded: Decoded) -> tuple[int, ...]:
 def ids_needed(decoded: Decoded) -> int:
     """How many notification ids `Board.hear` may use for a message: its own, and one for each call of a
     snapshot, since a call's id is that of the notification that opened it."""
-    return 1 + len(decoded.calls) if isinstance(decoded, Snapshot) else 1
+    return 1 + len(decoded.calls) if type(decoded) is Snapshot else 1
 
 
 def _ids(notification: Notification) -> list[str]:
@@ -443,7 +443,7 @@ def _following(call: Call, heard: Heard, notification: Notification, odd: list[A
     after: dict[str, Any] = {"last_heard_at": at, "notifications": call.notifications + 1}
 
     state = notification.state
-    goes_on = call.open
+    was_open = goes_on = call.open
     if state and state != call.state:
         moved = _move(call, notification, heard.source, at, anomalies)
         if moved:
@@ -481,9 +481,14 @@ def _following(call: Call, heard: Heard, notification: Notification, odd: list[A
         changes.extend(_differences(call.user_data, user_data))
 
     known_ids = call.aliases
-    new_ids = [id for id in _ids(notification) if id not in known_ids]
-    if new_ids:
-        after["aliases"] = (*known_ids, *new_ids)
+    if (
+        notification.call_id not in known_ids
+        or (notification.conn_id and notification.conn_id not in known_ids)
+        or (notification.call_uuid and notification.call_uuid not in known_ids)
+        or notification.previous_conn_id
+    ):
+        new_ids = [id for id in _ids(notification) if id not in known_ids]
+        after["aliases"] = (*known_ids, *new_ids) if new_ids else known_ids
     if notification.device_id is not None:
         after["device_id"] = notification.device_id
     if call.number is None:
@@ -501,7 +506,7 @@ def _following(call: Call, heard: Heard, notification: Notification, odd: list[A
     after["anomalies"] = call.anomalies + len(anomalies)
 
     followed = structs.replace(call, **after)
-    if not (call.open and state in ENDINGS):
+    if not (was_open and state in ENDINGS):
         return Step(followed, tuple(changes), tuple(anomalies), parties)
     ended = structs.replace(followed, **_end(followed, notification))
     moved_now = {party.ordinal for party in parties}
@@ -618,7 +623,7 @@ def _elapsed_s(since: datetime, until: datetime) -> float:
 
 def _wrap_up_time_s(extensions: JsonObject | None) -> float | None:
     value = extensions.get("WrapUpTime") if extensions else None
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if type(value) is not int and type(value) is not float:  # a boolean is no number here
         return None
     try:
         seconds = float(value)

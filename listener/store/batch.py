@@ -253,7 +253,7 @@ async def foresee(
                 await asyncio.sleep(0)
             piece = entries[start : start + PIECE]
             for entry in piece:
-                if isinstance(entry.decoded, Snapshot) or not work.foreknows(entry.heard, kept):
+                if type(entry.decoded) is Snapshot or not work.foreknows(entry.heard, kept):
                     return None
             fresh = work.take(piece)
             if work.again:
