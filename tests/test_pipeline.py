@@ -817,3 +817,29 @@ async def test_secure_does_not_wait_for_a_spool_that_takes_nothing(tmp_path: Pat
             await pipeline.secure()
         assert pipeline.spool_trouble
         assert pipeline.backlog_notifications == 1
+
+
+async def test_nothing_is_drained_before_it_is_told_that_all_of_it_is_damaged(tmp_path: Path) -> None:
+    """Also where nothing is left to be committed: no session begins before its gap is written."""
+    said = line(1)
+    spool = Spool.open(tmp_path / "spool")
+    spool.append([said.next()])
+    spool.close()
+    (path,) = (tmp_path / "spool").glob("*.spool")
+    path.write_bytes(bytes(path.stat().st_size))
+    telling, durable = asyncio.Event(), asyncio.Event()
+
+    async def lost(missing: Sequence[Missing], left: bool) -> None:
+        assert ([each.account for each in missing], left) == ([None], True)
+        telling.set()
+        await durable.wait()
+
+    async with spooling(MemoryJournal(), tmp_path / "spool", lost=lost) as (pipeline, _):
+        await telling.wait()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await pipeline.drain()
+        assert path.exists()
+        durable.set()
+        await pipeline.drain()
+        await until(lambda: not path.exists())

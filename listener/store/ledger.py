@@ -105,7 +105,7 @@ async def lose(
     named = {each.account for each in missing if each.account is not None}
     others = set()
     if any(each.account is None for each in missing):
-        others = {row[0] for row in await connection.fetch(_LISTENED)} - named
+        others = {row[0] for row in await connection.fetch(_LISTENED)}
     held = await connection.fetch(_HELD, sorted(named | others))
     if restarted_at is not None:
         end = await Ledger.read(connection, [row["id"] for row in held])

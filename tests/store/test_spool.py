@@ -340,6 +340,8 @@ def test_what_is_missing_was_heard_by_the_account_that_header_and_payload_name(t
     assert told(tmp_path / "first", said, (0, name, b"\xc1")) == [Missing(1, minutes(2), None)]
     assert told(tmp_path / "last", said, (5, name, b"\xc1")) == [Missing(2, minutes(10), minutes(3))]
     assert told(tmp_path / "time", said, (5, 28, b"\x07")) == [Missing(2, minutes(10), minutes(3))]
+    neither = told(tmp_path / "neither", said, (5, 12, b"\x07"), (5, name, b"\xc1"))
+    assert neither[-1] == Missing(None, minutes(10))
     twice = [Missing(1, minutes(2), None), Missing(1, minutes(10), minutes(2))]
     assert told(tmp_path / "two", said, (0, name, b"\xc1"), (4, name, b"\xc1")) == twice
 
