@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -20,18 +21,21 @@ import asyncpg
 import psutil
 import pytest
 
-from listener.core.calls import Recorded
+from listener.core.calls import Cover, Missing, Recorded
+from listener.coverage import Ledger
 from listener.errors import StoreUnavailable
 from listener.pipeline import Pipeline
 from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
 from listener.store.spool import Spool, inspect
 from tests.support.database import THROWAWAY
-from tests.support.memory import Said
+from tests.support.memory import HEARD_AT, Said
 from tests.support.outage import Fragile, briefly
 from tests.support.running import until
 
 ROOT = Path(__file__).parents[2]
+STARTED_AT = HEARD_AT + timedelta(hours=1)
+"""When a process finds what another one has left."""
 
 
 class Failures:
@@ -259,25 +263,33 @@ OUTAGES: dict[str, tuple[Callable[[Fragile, str], AbstractAsyncContextManager[No
 async def at_work(
     dsn: str, place: Path, failures: Failures, *, spool_after_s: float = 0.05
 ) -> AsyncIterator[Pipeline]:
-    """A pipeline with one writer, so that both accounts are in one batch, its journal and its spool."""
+    """A pipeline with one writer, so that both accounts are in one batch, its journal, its spool, and who
+    writes down what is missing."""
     spool = Spool.open(place)
     try:
         async with await Journal.open(dsn) as journal, asyncio.TaskGroup() as tasks:
             await journal.register([AccountRow(name, "", "lab") for name in ("ada", "bob")])
+            ledger = Ledger(journal, pause=briefly)
+
+            async def lost(missing: Sequence[Missing], left: bool) -> None:
+                await ledger.lose(missing, STARTED_AT if left else None)
+
             pipeline = Pipeline(
                 journal,
                 failures,
                 spool=spool,
                 writers=1,
+                lost=lost,
                 batch_max=50,
                 spool_after_s=spool_after_s,
                 pause=briefly,
             )
-            work = tasks.create_task(pipeline.run())
+            works = [tasks.create_task(each.run()) for each in (pipeline, ledger)]
             try:
                 yield pipeline
             finally:
-                work.cancel()
+                for work in works:
+                    work.cancel()
     finally:
         spool.close()
 
@@ -372,6 +384,83 @@ async def test_a_process_that_is_killed_in_an_outage_loses_and_doubles_nothing(
         assert len(set(streams)) == 3
         assert streams[-1] == line.stream
     await connection.close()
+    assert list(place.glob("*.spool")) == []
+
+
+_FINDING_DAMAGE = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from listener.store.journal import Journal
+from listener.store.spool import Spool
+from tests.store.test_outage import Failures, at_work
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+async def main(dsn, place, stage):
+    if stage == "not written":
+        Journal.lose = die
+    elif stage == "written":
+        Spool.release = die
+    elif stage == "forgotten":
+        Journal.record = die
+    async with at_work(dsn, Path(place), Failures()) as pipeline:
+        await pipeline.drain()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("stages", [("not written", "written", "forgotten"), ("written", "written"), ()])
+async def test_a_kill_while_damage_is_found_leaves_the_same_gap(
+    stages: Sequence[str], fragile_database: str, tmp_path: Path
+) -> None:
+    """SIGKILL before the gap is durable, before the spool lets go of what is damaged, and before the rest is
+    committed: a start that is not killed leaves the same as if none had been, and the rest is stored."""
+    place = tmp_path / "spool"
+    said = [Said(account, str(uuid4())) for account in (1, 2)]
+    spool = Spool.open(place)
+    for minute in range(4):
+        for line in said:
+            line.at = HEARD_AT + timedelta(minutes=minute)
+            spool.append([line.next(2)])
+    spool.close()
+    (path,) = place.glob("*.spool")
+    content = bytearray(path.read_bytes())
+    content[content.index(said[0].said[4].raw) + 5] ^= 1
+    path.write_bytes(content)
+    async with await Journal.open(fragile_database) as journal:
+        await journal.register([AccountRow(name, "", "lab") for name in ("ada", "bob")])
+        await journal.cover([Cover(account, HEARD_AT - timedelta(hours=1)) for account in (1, 2)])
+        await journal.heartbeat([1, 2], HEARD_AT)
+    for stage in stages:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _FINDING_DAMAGE, fragile_database, str(place), stage, cwd=ROOT
+        )
+        assert await child.wait() == -signal.SIGKILL
+        assert inspect(place).damaged == 1
+    async with at_work(fragile_database, place, Failures()) as pipeline:
+        await pipeline.drain()
+    connection = await asyncpg.connect(fragile_database)
+    try:
+        rows = await connection.fetch(
+            "SELECT account_id, since, until, cause FROM coverage WHERE until > since OR until IS NULL"
+            " ORDER BY account_id, since, id"
+        )
+        stored = await connection.fetch(
+            "SELECT account_id, position FROM notification ORDER BY account_id, id"
+        )
+    finally:
+        await connection.close()
+    lost_at = HEARD_AT + timedelta(minutes=1), HEARD_AT + timedelta(minutes=2, microseconds=1)
+    assert [tuple(row) for row in rows] == [
+        (1, HEARD_AT - timedelta(hours=1), HEARD_AT, ""),
+        (1, HEARD_AT, lost_at[0], "not started"),
+        (1, *lost_at, "spool damaged"),
+        (1, lost_at[1], None, "not started"),
+        (2, HEARD_AT - timedelta(hours=1), None, ""),
+    ]
+    assert [row[1] for row in stored] == [1, 2, 3, 4, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8]
     assert list(place.glob("*.spool")) == []
 
 
