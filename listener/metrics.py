@@ -42,9 +42,8 @@ from listener.core.calls import (
     GAP_CAUSES,
     Call,
     Closing,
-    Decoded,
     Direction,
-    Notification,
+    Noted,
     Outcome,
     Recorded,
     Snapshot,
@@ -289,14 +288,12 @@ class Metrics:
             self._lag.observe(max(0.0, (now - received_at).total_seconds()), times)
         odd: Tally[str] = Tally()
         for entry in entries:
-            decoded = entry.decoded
-            if isinstance(decoded, Snapshot):
-                odd.update(anomaly.kind for anomaly in decoded.oddities)
-            elif isinstance(decoded, Notification) and decoded.server_at is not None:
-                self._server_lag.observe(
-                    max(0.0, (entry.heard.received_at - decoded.server_at).total_seconds())
-                )
-        for kind, times in Tally(_type(entry.decoded) for entry in entries).items():
+            if isinstance(entry.other, Snapshot):
+                odd.update(anomaly.kind for anomaly in entry.other.oddities)
+            elif entry.server_at is not None:
+                server_lag = entry.heard.received_at - entry.server_at
+                self._server_lag.observe(max(0.0, server_lag.total_seconds()))
+        for kind, times in Tally(_type(entry) for entry in entries).items():
             self._notifications.get(kind, self._notifications[OTHER]).inc(times)
             if kind == "unrecognised":
                 self._unrecognised.inc(times)
@@ -451,10 +448,10 @@ class Metrics:
         return sorted(found)
 
 
-def _type(decoded: Decoded) -> str:
-    match decoded:
-        case Notification():
-            return decoded.notification_type
+def _type(message: Noted) -> str:
+    match message.other:
+        case None:
+            return message.notification_type
         case Snapshot():
             return "snapshot"
         case Closing():

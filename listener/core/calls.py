@@ -352,10 +352,32 @@ class Entry(Struct, frozen=True, gc=False):
     decoded: Decoded
 
 
+class Noted(Struct, frozen=True, gc=False):
+    """A message that was new to the journal, and what it was.
+
+    What a notification says is in its steps: were all that was read of a batch kept until the commit, the
+    next messages would be read into memory that has left the processor's cache.
+    """
+
+    heard: Heard
+    notification_type: str = ""
+    server_at: datetime | None = None
+    """Both of a notification."""
+    other: "Snapshot | Closing | Aside | Unrecognised | None" = None
+    """What it was if it was no notification."""
+
+
+def noted(heard: Heard, decoded: Decoded) -> Noted:
+    """What is kept of a message and of what was read from it."""
+    if isinstance(decoded, Notification):
+        return Noted(heard, decoded.notification_type, decoded.server_at)
+    return Noted(heard, other=decoded)
+
+
 class Recorded(Struct, frozen=True, gc=False):
     """What one committed transaction did, for acknowledgements, metrics and observers."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[Noted, ...]
     """Those that were new, in order."""
     steps: tuple[Step, ...]
     duplicates: int

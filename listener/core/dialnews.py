@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct, structs
 
-from listener.core.calls import Aside, Call, Entry, Recorded, State
+from listener.core.calls import Aside, Call, Heard, Recorded, State
 from listener.core.dialling import Cause, Dial, Fact, Match, System
 
 TROUBLE_TYPES = frozenset({"ErrorMessage", "EventError"})
@@ -87,8 +87,8 @@ def told(recorded: Recorded) -> tuple[list[Told | Trouble], dict[int, Mark]]:
             # The calls that a snapshot opens have ids of their own, after that of the message.
             last = max(last, step.call.id) if step.began else last
             following = next(steps, None)
-        if isinstance(entry.decoded, Aside) and entry.decoded.message_type in TROUBLE_TYPES:
-            items.append(trouble(id, entry))
+        if isinstance(entry.other, Aside) and entry.other.message_type in TROUBLE_TYPES:
+            items.append(trouble(id, heard, entry.other.message_type))
         marks[heard.account] = Mark(last, heard.received_at)
     return items, marks
 
@@ -118,22 +118,21 @@ def retold(call: Call, states: Iterable[tuple[int, datetime, str | None]]) -> li
 _OVER = (State.RELEASED, State.COMPLETED)
 
 
-def trouble(id: int, entry: Entry) -> Trouble:
-    """What an error message says: of the devices channel nothing but that; of v3 a code and a text. Total."""
+def trouble(id: int, heard: Heard, message_type: str) -> Trouble:
+    """What an error message of this type says: of the devices channel nothing but that; of v3 a code and a
+    text. Total."""
     said: Any = None
     try:
-        said = msgspec.json.decode(entry.heard.raw)
+        said = msgspec.json.decode(heard.raw)
         if isinstance(said, list) and said:
             said = said[0]
         said = said.get("data", said).get("error")
     except (msgspec.DecodeError, UnicodeError, AttributeError):
         said = None
-    kind = entry.decoded.message_type if isinstance(entry.decoded, Aside) else ""
     code = text = ""
     if isinstance(said, dict):
         code, text = (_text(said.get(key)) for key in ("errorCode", "errorMessage"))
-    field = "ErrorCode" if kind == "EventError" else "ErrorMessage"
-    heard = entry.heard
+    field = "ErrorCode" if message_type == "EventError" else "ErrorMessage"
     return Trouble(id, heard.received_at, heard.account, Cause(System.GWS, field, code, text))
 
 

@@ -32,6 +32,7 @@ from listener.core.calls import (
     Closing,
     Entry,
     Heard,
+    Noted,
     Notification,
     Party,
     Recorded,
@@ -39,6 +40,7 @@ from listener.core.calls import (
     Source,
     Step,
     Unrecognised,
+    noted,
 )
 from listener.core.decode import CALLS_CLOSED
 from listener.store import rows, schema
@@ -171,17 +173,17 @@ class Written:
             kept.keep(account, known)
 
 
-def last_heard(entries: Sequence[Entry]) -> dict[int, int | None]:
-    """The accounts of the entries in the order of their ids, and when each of them was heard last, in
+def last_heard(heard: Iterable[Heard]) -> dict[int, int | None]:
+    """The accounts of the messages in the order of their ids, and when each of them was heard last, in
     microseconds; None where nothing was heard, but what we found ourselves is written down."""
-    heard: dict[int, datetime | None] = {}
-    for entry in entries:
-        account, at = entry.heard.account, entry.heard.received_at
-        if entry.heard.source is Source.LISTENER:
-            heard.setdefault(account, None)
-        elif (known := heard.get(account)) is None or known < at:
-            heard[account] = at
-    return {account: None if at is None else microseconds(at) for account, at in sorted(heard.items())}
+    last: dict[int, datetime | None] = {}
+    for each in heard:
+        account, at = each.account, each.received_at
+        if each.source is Source.LISTENER:
+            last.setdefault(account, None)
+        elif (known := last.get(account)) is None or known < at:
+            last[account] = at
+    return {account: None if at is None else microseconds(at) for account, at in sorted(last.items())}
 
 
 class Foreseen:
@@ -190,16 +192,16 @@ class Foreseen:
     Either raises Outdated when the database is not as expected, RefusedValue when a value cannot be stored.
     """
 
-    def __init__(self, entries: Sequence[Entry], work: "_Work", unknown: Iterable[_Name]) -> None:
+    def __init__(self, handed_in: Sequence[Heard], work: "_Work", unknown: Iterable[_Name]) -> None:
         self._work = work
-        heard = last_heard(entries)
+        heard = last_heard(handed_in)
         self._expected: tuple[Sequence[Any], ...] = (
             list(heard),
             [work.built_on[account] for account in heard],
             list(heard.values()),
             [(alias, account, None) for alias, account in unknown],
         )
-        self._recorded = work.recorded(len(entries))
+        self._recorded = work.recorded(len(handed_in))
 
     async def write_at_once(self, connection: Connection) -> Written:
         """As a transaction of its own, in one statement."""
@@ -245,7 +247,7 @@ async def foresee(
     if first_id is None:
         return None
     work = _Work({}, {})
-    taken: list[Entry] = []
+    handed_in: list[Heard] = []
     unknown: dict[_Name, None] = {}
     with _refusals():
         for start in range(0, len(entries), PIECE):
@@ -260,8 +262,8 @@ async def foresee(
                 return None
             work.recollect(fresh, unknown)
             first_id = work.fold(fresh, first_id=first_id)
-            taken += piece
-        return Foreseen(taken, work, unknown)
+            handed_in += [entry.heard for entry in piece]
+        return Foreseen(handed_in, work, unknown)
 
 
 async def write(
@@ -280,13 +282,13 @@ async def write(
             {account: kept.of(account, written_by) for account, written_by in held.items()},
             {row["id"]: row["position"] for row in marks if row["id"] is not None},
         )
-        work.take(entries)
+        fresh = work.take(entries)
         if work.again:
             batches = [(stream, *batch) for stream, batch in work.again.items()]
             await connection.execute(rows.BATCHES_AGAIN, *rows.columns(batches, 3))
-        if work.fresh:
-            await work.load(connection)
-            work.fold(work.fresh, first_id=marks[0]["first"])
+        if fresh:
+            await work.load(connection, fresh)
+            work.fold(fresh, first_id=marks[0]["first"])
             await work.add(connection)
             await connection.execute(rows.WRITE, *work.arguments())
     return Written(work, work.recorded(len(entries)), marks[0]["xid"] & _XID_MASK)
@@ -368,8 +370,8 @@ class _Work:
         """Which transaction had written the row of each account when `foreknows` took up what is kept of it:
         another batch may be kept before this one is written."""
         self._reached = positions
-        self.fresh: list[Entry] = []
-        """The entries that are new."""
+        self._noted: list[Noted] = []
+        """The messages that were folded."""
         self.streams: dict[str, tuple[Heard, Heard]] = {}
         """The streams that move, each with its first and last new message."""
         self.again: dict[str, tuple[int, int]] = {}
@@ -394,9 +396,9 @@ class _Work:
 
     def recorded(self, handed_in: int) -> Recorded:
         """What was done with so many entries."""
-        new = len(self.fresh)
+        new = len(self._noted)
         return Recorded(
-            tuple(self.fresh), tuple(self.steps), handed_in - new, tuple(self._ids), tuple(self._origins)
+            tuple(self._noted), tuple(self.steps), handed_in - new, tuple(self._ids), tuple(self._origins)
         )
 
     def foreknows(self, heard: Heard, kept: Recollection) -> bool:
@@ -425,7 +427,6 @@ class _Work:
                 fresh.append(entry)
             elif heard.batch is not None:
                 self.again[stream] = heard.batch
-        self.fresh += fresh
         return fresh
 
     def recollect(self, fresh: Sequence[Entry], unknown: dict[_Name, None]) -> None:
@@ -444,13 +445,13 @@ class _Work:
         self._before[call.id] = call
         self._board.put(call)
 
-    async def load(self, connection: Connection) -> None:
+    async def load(self, connection: Connection, fresh: Sequence[Entry]) -> None:
         """Every call that the entries may touch: what is known of them, and the rest from the database."""
         unknown: dict[_Name, None] = {}
-        self.recollect(self.fresh, unknown)
+        self.recollect(fresh, unknown)
         # The accounts of which every open call is asked for.
-        whole = {entry.heard.account for entry in self.fresh if isinstance(entry.decoded, Snapshot)}
-        missing = [id for entry in self.fresh for id in normalise.closes(entry.heard, entry.decoded)]
+        whole = {entry.heard.account for entry in fresh if isinstance(entry.decoded, Snapshot)}
+        missing = [id for entry in fresh for id in normalise.closes(entry.heard, entry.decoded)]
         if not unknown and not whole and not missing:
             return
         aliases, accounts = zip(*unknown, strict=True) if unknown else ((), ())
@@ -482,6 +483,7 @@ class _Work:
             steps = board.hear(number, heard, decoded)
             self._origins += [len(self._ids)] * len(steps)
             self._ids.append(number)
+            self._noted.append(noted(heard, decoded))
             call_id = server_at = reason = None
             notification_type = ""
             if isinstance(decoded, Notification):

@@ -24,7 +24,7 @@ import asyncpg
 import msgspec
 from msgspec import Struct, structs
 
-from listener.core.calls import Aside, Entry, Heard, JsonObject, Source
+from listener.core.calls import Heard, JsonObject, Source
 from listener.core.dialling import (
     DEADLINES,
     SOUTH_AFRICA,
@@ -409,7 +409,7 @@ async def _retold(connection: Connection, found: Sequence[asyncpg.Record]) -> li
 def _trouble(row: asyncpg.Record) -> Trouble:
     at = moment(row["received_at"])
     heard = Heard(row["account_id"], "", 0, at, row["channel"], bytes(row["raw"]), Source(row["source"]))
-    return trouble(row["id"], Entry(heard, Aside(row["message_type"])))
+    return trouble(row["id"], heard, row["message_type"])
 
 
 # ── statements ────────────────────────────────────────────────────────────────────────────────────────

@@ -408,7 +408,7 @@ async def _turn(connection: Connection, covers: Sequence[Cover]) -> None:
 async def _touch(connection: Connection, entries: Sequence[Entry]) -> dict[int, int]:
     """As `_lock` for the accounts of the entries, and write each row: when it was last heard. Gives for each
     account which transaction had written its row before."""
-    heard = batch.last_heard(entries)
+    heard = batch.last_heard(entry.heard for entry in entries)
     accounts = list(heard)
     rows = await connection.fetch(_TOUCH, accounts, list(heard.values()))
     if len(rows) != len(accounts):

@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 
-from listener.core.calls import Aside, Call, Decoded, Entry, Heard, Recorded, Step
+from listener.core.calls import Call, Entry, Heard, Recorded, Step, noted
 from listener.core.decode import decode
 from listener.core.dialling import CallHeard, Cause, Dial, System, advance, overheard
 from listener.core.dialnews import TEXT_CHARS_MAX, Mark, Told, Trouble, retold, told, trouble
@@ -33,7 +33,8 @@ def recorded(*entries: Entry) -> Recorded:
         made = board.hear(numbers[-1], each.heard, each.decoded)
         steps += made
         origins += [place] * len(made)
-    return Recorded(entries, tuple(steps), 0, tuple(numbers), tuple(origins))
+    messages = tuple(noted(each.heard, each.decoded) for each in entries)
+    return Recorded(messages, tuple(steps), 0, tuple(numbers), tuple(origins))
 
 
 def course(*states: str) -> Recorded:
@@ -135,11 +136,10 @@ def test_a_call_without_a_state_is_told_once() -> None:
 )
 def test_an_error_says_what_it_says(raw: bytes, kind: str, cause: Cause) -> None:
     """Its code and text where it has them, whatever else it is; never an exception."""
-    decoded: Decoded = Aside(kind)
-    assert trouble(7, Entry(entry(raw).heard, decoded)).cause == cause
+    assert trouble(7, entry(raw).heard, kind).cause == cause
 
 
 def test_a_long_error_is_cut() -> None:
     """The whole message is in the journal."""
     raw = b'{"error":{"errorMessage":"' + b"x" * 9_000 + b'"}}'
-    assert len(trouble(7, Entry(entry(raw).heard, Aside("EventError"))).cause.text) == TEXT_CHARS_MAX
+    assert len(trouble(7, entry(raw).heard, "EventError").cause.text) == TEXT_CHARS_MAX

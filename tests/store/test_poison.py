@@ -198,7 +198,7 @@ async def test_what_postgresql_refuses_is_kept_raw(journal: Journal, sql: asyncp
     recorded = await journal.record(entries)
     metrics.recorded(recorded, 0.1, T0)
 
-    assert isinstance(recorded.entries[100].decoded, Unrecognised)
+    assert isinstance(recorded.entries[100].other, Unrecognised)
     (reason,) = await reasons(sql)
     assert reason.startswith("poisoned: index row ")
     await assert_as_ever(sql, "before", "after")

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from listener.core.calls import Cover, Entry, Heard, Missing, Recorded
+from listener.core.calls import Cover, Entry, Heard, Missing, Recorded, noted
 from listener.core.session import Saved
 from listener.errors import StoreUnavailable
 
@@ -102,7 +102,8 @@ class MemoryJournal:
                 fresh.append(entry)
         if fresh:
             self.batches.append(fresh)
-        return Recorded(tuple(fresh), (), len(entries) - len(fresh))
+        new = tuple(noted(each.heard, each.decoded) for each in fresh)
+        return Recorded(new, (), len(entries) - len(fresh))
 
     async def cover(self, covers: Sequence[Cover], sessions: Mapping[int, Saved | None]) -> None:
         """Writes turns of coverage down, and what sessions are resumed with."""
