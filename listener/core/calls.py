@@ -396,7 +396,7 @@ class Cover(Struct, frozen=True, gc=False):
     cause: str = ""
     withdraws: bool = False
     """A session that was observed until `at` goes on, and its server kept everything: the gaps since then
-    were none. The only way in which coverage takes back what it said."""
+    were none. The only way in which coverage takes back a gap."""
 
 
 class Missing(Struct, frozen=True, gc=False):
