@@ -222,23 +222,23 @@ class Undecoded(Sequence[Entry]):
     Of a large batch decoded at once, most has left the processor's cache by the time that it is looked at.
     """
 
-    __slots__ = ("_heard",)
+    __slots__ = ("heard",)
 
     def __init__(self, heard: Sequence[Heard]) -> None:
-        self._heard = heard
+        self.heard = heard
 
     def __len__(self) -> int:
-        return len(self._heard)
+        return len(self.heard)
 
     def __iter__(self) -> Iterator[Entry]:
-        return map(_entry, self._heard)
+        return map(_entry, self.heard)
 
     @overload
     def __getitem__(self, place: int) -> Entry: ...
     @overload
     def __getitem__(self, place: slice) -> list[Entry]: ...
     def __getitem__(self, place: int | slice) -> Entry | list[Entry]:
-        heard = self._heard[place]
+        heard = self.heard[place]
         return _entry(heard) if isinstance(heard, Heard) else [*map(_entry, heard)]
 
 

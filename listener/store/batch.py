@@ -10,13 +10,14 @@ writes the row of each of its accounts, and PostgreSQL says for a row which tran
 (`xmin`): what is kept of an account is used only if that was the transaction that it was kept after. So
 several recorders may work on one account, and whoever else changes an account's calls must write its row.
 
-**Most batches are foreseen.** Where something is kept of every account of a batch, `foresee` folds it before
-the database is asked anything, and the statement that writes the rows also says what they were built on. If
-that holds, a small batch is one statement, in one round trip. If not, nothing was done, and `write` does it.
+**Most batches are foreseen.** Where something is kept of every account of a batch, it is folded before the
+database is asked anything (`foresee`), and the statement that writes the rows also says what they were built
+on. If that holds, a small batch is one statement, in one round trip, and the rows of a large one are on their
+way while the rest of it is folded. If not, nothing was done, and `write` does it.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -42,7 +43,7 @@ from listener.core.calls import (
     Unrecognised,
     noted,
 )
-from listener.core.decode import CALLS_CLOSED
+from listener.core.decode import CALLS_CLOSED, Undecoded
 from listener.store import rows, schema
 from listener.store.connect import Connection, microseconds
 from listener.store.rows import Row, encode
@@ -187,83 +188,96 @@ def last_heard(heard: Iterable[Heard]) -> dict[int, int | None]:
 
 
 class Foreseen:
-    """A batch that was folded before the database was asked; made by `foresee`, ended by one of the writes.
+    """A batch of which everything is known that it needs; made by `foresee`, ended by one of the writes.
 
-    Either raises Outdated when the database is not as expected, RefusedValue when a value cannot be stored.
+    They fold it, and raise Outdated when the database is not as expected after all, or RefusedValue when a
+    value cannot be stored. Then nothing is written.
     """
 
-    def __init__(self, handed_in: Sequence[Heard], work: "_Work", unknown: Iterable[_Name]) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], heard: Sequence[Heard], work: "_Work", first_id: int
+    ) -> None:
+        self._entries = entries
+        self._heard = heard
         self._work = work
-        heard = last_heard(handed_in)
-        self._expected: tuple[Sequence[Any], ...] = (
-            list(heard),
-            [work.built_on[account] for account in heard],
-            list(heard.values()),
-            [(alias, account, None) for alias, account in unknown],
-        )
-        self._recorded = work.recorded(len(handed_in))
+        self._next_id = first_id
+        self._unknown: dict[_Name, None] = {}
+        """Ids that no call has, as far as we know."""
 
     async def write_at_once(self, connection: Connection) -> Written:
         """As a transaction of its own, in one statement."""
         work = self._work
-        return await self._write(
-            connection,
-            rows.WRITE_AT_ONCE,
-            work.notifications,
-            work.changes,
-            work.anomalies,
-        )
+        with _refusals():
+            for start in range(0, len(self._entries), PIECE):
+                self._fold(start)
+            return await self._write(
+                connection, rows.WRITE_AT_ONCE, work.notifications, work.changes, work.anomalies
+            )
 
     async def write(self, connection: Connection) -> Written:
         """In the transaction under way."""
+        work = self._work
         with _refusals():
-            await self._work.add(connection)
-        return await self._write(connection, rows.WRITE_AS_EXPECTED)
+            await rows.copy(connection, schema.notification, self._folded())
+            await rows.copy(connection, schema.change, work.changes)
+            await rows.copy(connection, schema.anomaly, work.anomalies)
+            return await self._write(connection, rows.WRITE_AS_EXPECTED)
+
+    def _fold(self, start: int) -> None:
+        """The piece of the batch that begins there."""
+        piece = self._entries[start : start + PIECE]
+        if any(type(entry.decoded) is Snapshot for entry in piece):
+            raise Outdated  # it needs all open calls of its account, and several ids
+        self._work.recollect(piece, self._unknown)
+        self._next_id = self._work.fold(piece, first_id=self._next_id)
+
+    async def _folded(self) -> AsyncIterator[Row]:
+        """The rows of the notifications, folded while the first of them are on their way."""
+        messages = self._work.notifications
+        for start in range(0, len(self._entries), PIECE):
+            if start and start % TURN == 0:
+                await asyncio.sleep(0)
+            self._fold(start)
+            for row in messages:
+                yield row
+            messages.clear()
 
     async def _write(self, connection: Connection, statement: str, *added: Sequence[Any]) -> Written:
+        work = self._work
+        heard = last_heard(self._heard)
         try:
-            with _refusals():
-                transaction = await connection.fetchval(
-                    statement, *self._expected, *self._work.arguments(), *added
-                )
+            transaction = await connection.fetchval(
+                statement,
+                list(heard),
+                [work.built_on[account] for account in heard],
+                list(heard.values()),
+                [(alias, account, None) for alias, account in self._unknown],
+                *work.arguments(),
+                *added,
+            )
         except asyncpg.UniqueViolationError:
             raise Outdated from None  # by another recorder's rows, seen before the condition was looked at
         except asyncpg.PostgresError as error:
             if error.sqlstate == rows.OUTDATED:
                 raise Outdated from None
             raise
-        return Written(self._work, self._recorded, transaction & _XID_MASK)
+        return Written(work, work.recorded(len(self._heard)), transaction & _XID_MASK)
 
 
-async def foresee(
+def foresee(
     entries: Sequence[Entry], kept: Recollection, take_ids: Callable[[int], int | None]
 ) -> Foreseen | None:
-    """The batch folded from what is kept; None where that does not suffice.
+    """The batch with all that it needs to be folded; None where what is kept does not suffice.
 
     `take_ids` gives the first of so many consecutive ids that were reserved, and are higher than those of
-    all messages that were committed here; or None. Raises RefusedValue when a value cannot be stored.
+    all messages that were committed here; or None.
     """
-    first_id = take_ids(len(entries))
-    if first_id is None:
-        return None
+    heard = entries.heard if isinstance(entries, Undecoded) else [entry.heard for entry in entries]
     work = _Work({}, {})
-    handed_in: list[Heard] = []
-    unknown: dict[_Name, None] = {}
-    with _refusals():
-        for start in range(0, len(entries), PIECE):
-            if start and start % TURN == 0:
-                await asyncio.sleep(0)
-            piece = entries[start : start + PIECE]
-            for entry in piece:
-                if type(entry.decoded) is Snapshot or not work.foreknows(entry.heard, kept):
-                    return None
-            fresh = work.take(piece)
-            if work.again:
-                return None
-            work.recollect(fresh, unknown)
-            first_id = work.fold(fresh, first_id=first_id)
-            handed_in += [entry.heard for entry in piece]
-        return Foreseen(handed_in, work, unknown)
+    if not all(work.foreknows(each, kept) and work.takes(each) for each in heard):
+        return None
+    first_id = take_ids(len(heard))
+    return None if first_id is None else Foreseen(entries, heard, work, first_id)
 
 
 async def write(
@@ -282,7 +296,7 @@ async def write(
             {account: kept.of(account, written_by) for account, written_by in held.items()},
             {row["id"]: row["position"] for row in marks if row["id"] is not None},
         )
-        fresh = work.take(entries)
+        fresh = [entry for entry in entries if work.takes(entry.heard)]
         if work.again:
             batches = [(stream, *batch) for stream, batch in work.again.items()]
             await connection.execute(rows.BATCHES_AGAIN, *rows.columns(batches, 3))
@@ -413,21 +427,17 @@ class _Work:
             self._reached.update(known.streams)
         return heard.stream in known.streams
 
-    def take(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Take and give the entries that are beyond what is committed."""
-        reached = self._reached
-        fresh = []
-        for entry in entries:
-            heard = entry.heard
-            stream = heard.stream
-            if heard.position > reached.get(stream, 0):
-                reached[stream] = heard.position
-                moved = self.streams.get(stream)
-                self.streams[stream] = (heard if moved is None else moved[0], heard)
-                fresh.append(entry)
-            elif heard.batch is not None:
-                self.again[stream] = heard.batch
-        return fresh
+    def takes(self, heard: Heard) -> bool:
+        """Whether the message is beyond what is committed; then it is part of the batch."""
+        stream = heard.stream
+        if heard.position > self._reached.get(stream, 0):
+            self._reached[stream] = heard.position
+            moved = self.streams.get(stream)
+            self.streams[stream] = (heard if moved is None else moved[0], heard)
+            return True
+        if heard.batch is not None:
+            self.again[stream] = heard.batch
+        return False
 
     def recollect(self, fresh: Sequence[Entry], unknown: dict[_Name, None]) -> None:
         """Take up the calls that are known, and add to `unknown` the ids of which nothing is."""

@@ -219,7 +219,7 @@ class Journal:
         if self._ids.left < len(entries):
             async with self._reserving, self._connection() as connection:
                 self._ids.add(await connection.fetchval(_RESERVE, IDS_AHEAD), IDS_AHEAD)
-        foreseen = await batch.foresee(entries, self._kept, self._ids.take)
+        foreseen = batch.foresee(entries, self._kept, self._ids.take)
         if foreseen is None:
             return None
         try:

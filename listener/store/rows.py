@@ -9,7 +9,7 @@ Moments are microseconds here and JSON is bytes (`listener.store.connect.speak_p
 put together from names in this module and in the schema, and from nothing else.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
@@ -112,7 +112,7 @@ def call_of(row: asyncpg.Record) -> Call:
 # ── statements ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def copy(connection: Connection, table: Table, rows: Sequence[Row]) -> None:
+async def copy(connection: Connection, table: Table, rows: Sequence[Row] | AsyncIterator[Row]) -> None:
     """Add the rows, whose values stand in the order of the table's columns."""
     if rows:
         await connection.copy_records_to_table(table.name, records=rows, columns=_names(table))

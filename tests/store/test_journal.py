@@ -528,6 +528,39 @@ async def test_a_batch_that_another_one_overtakes_is_folded_again(
     assert [change["before"] for change in changes] == [None, *(change["after"] for change in changes[:-1])]
 
 
+@pytest.mark.parametrize("others", [1, 300])
+async def test_a_list_of_calls_among_notifications_opens_them_all(
+    journal: Journal, sql: asyncpg.Connection, others: int
+) -> None:
+    """Should a server send one in the middle of a session: in a small batch or a large one, each call has an
+    id that nothing else gets, and what the batch had begun to write is not there twice."""
+    line = Line()
+    await journal.record(line.call("Ringing"))
+    listed = [messages.resource("Established", id=f"listed {n}", connId=f"conn {n}") for n in range(3)]
+    batch_with_list = [
+        *line.call(*["Ringing"] * others, id="before"),
+        line.hear(messages.snapshot(*listed)),
+        *line.call(*["Ringing"] * others, id="after"),
+    ]
+
+    recorded = await journal.record(batch_with_list)
+
+    await journal.record(line.call("Ringing", id="last"))
+
+    assert recorded.duplicates == 0
+    assert (await counts(sql))["notification"] == 2 * others + 3
+    ids = {row["id"] for row in await sql.fetch("SELECT id FROM notification UNION SELECT id FROM call")}
+    assert len(ids) == 2 * others + 3 + len(listed)
+    found = await sql.fetch("SELECT call_id, state FROM call ORDER BY id")
+    assert [row["call_id"] for row in found] == [
+        messages.UUID,
+        "before",
+        *(f"listed {n}" for n in range(3)),
+        "after",
+        "last",
+    ]
+
+
 async def test_a_call_that_another_recorder_moved_on_is_read_again(
     journal: Journal, database: str, sql: asyncpg.Connection
 ) -> None:
