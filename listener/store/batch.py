@@ -226,10 +226,11 @@ class Foreseen:
     def _fold(self, start: int) -> None:
         """The piece of the batch that begins there."""
         piece = self._entries[start : start + PIECE]
-        if any(type(entry.decoded) is Snapshot for entry in piece):
-            raise Outdated  # it needs all open calls of its account, and several ids
         self._work.recollect(piece, self._unknown)
-        self._next_id = self._work.fold(piece, first_id=self._next_id)
+        next_id = self._work.fold(piece, first_id=self._next_id)
+        if next_id != self._next_id + len(piece):
+            raise Outdated  # a list of calls is among them: the ids that were taken do not suffice
+        self._next_id = next_id
 
     async def _folded(self) -> AsyncIterator[Row]:
         """The rows of the notifications, folded while the first of them are on their way."""
@@ -496,6 +497,7 @@ class _Work:
             self._noted.append(noted(heard, decoded))
             call_id = server_at = reason = None
             notification_type = ""
+            needed = 1
             if isinstance(decoded, Notification):
                 message_type, notification_type = decoded.message_type, decoded.notification_type
                 if decoded.server_at is not None:
@@ -505,6 +507,7 @@ class _Work:
                     self._follow(number, at, steps)
             elif isinstance(decoded, Snapshot):
                 message_type = "Snapshot"
+                needed = normalise.ids_needed(decoded)
                 self._follow(number, at, steps, decoded.oddities)
             elif isinstance(decoded, Aside):
                 message_type, notification_type = decoded.message_type, decoded.notification_type
@@ -518,7 +521,7 @@ class _Work:
                 (at, number, heard.account, heard.stream, heard.position, heard.source, heard.channel,
                  message_type, notification_type, call_id, asked_at, server_at, reason, heard.raw)
             )  # fmt: skip
-            number += normalise.ids_needed(decoded)
+            number += needed
         self.last_id = number - 1
         return number
 
