@@ -24,7 +24,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -458,10 +458,12 @@ class Pipeline:
                     damaged.append(each)
                 read[id(each)] = heard or []
         if damaged:
-            await self._lost(taken, damaged)
+            await self._lost(taken, damaged, read)
         return [each.heard if each.heard is not None else read[id(each)] for each in taken]
 
-    async def _lost(self, taken: Sequence[_Waiting], damaged: Sequence[_Waiting]) -> None:
+    async def _lost(
+        self, taken: Sequence[_Waiting], damaged: Sequence[_Waiting], read: Mapping[int, list[Heard]]
+    ) -> None:
         """Tells of deliveries that cannot be read; returns when that is durable."""
         before: dict[int, datetime] = {}
         missing: dict[bool, list[Missing]] = {True: [], False: []}
@@ -469,8 +471,9 @@ class Pipeline:
             if any(each is one for one in damaged):
                 lost = Missing(each.account, each.until, before.get(each.account))
                 missing[each.committed is _nobody].append(lost)
-            else:
-                before[each.account] = each.until
+            elif heard := each.heard or read.get(id(each)):
+                # Not `until`: of what an earlier run left that is only when its file was last written to.
+                before[each.account] = heard[-1].received_at
         for left, told in missing.items():
             if told and self._losing is not None:
                 await self._losing(told, left)

@@ -843,3 +843,33 @@ async def test_nothing_is_drained_before_it_is_told_that_all_of_it_is_damaged(tm
         durable.set()
         await pipeline.drain()
         await until(lambda: not path.exists())
+
+
+async def test_what_an_earlier_run_left_and_is_damaged_later_is_missing_since_the_one_before_it(
+    tmp_path: Path,
+) -> None:
+    """All that is known of a delivery that was left is that it was received before its segment was last
+    written to: that is no moment since which the next one is missing."""
+    said = line(1)
+    first, second = said.next(3), said.next(3)
+    spool = Spool.open(tmp_path / "spool")
+    places = spool.append([first, second])
+    spool.close()
+    spool = Spool.open(tmp_path / "spool")
+    (segment,) = (tmp_path / "spool").glob("*.spool")
+    content = bytearray(segment.read_bytes())
+    content[sum(places[1][1:]) - 10] ^= 1
+    segment.write_bytes(content)
+    told: list[Missing] = []
+
+    async def lost(missing: Sequence[Missing], left: bool) -> None:
+        told.extend(missing)
+
+    pipeline = Pipeline(MemoryJournal(), Counts(), spool=spool, lost=lost)
+    async with running(pipeline):
+        await pipeline.drain()
+    spool.close()
+
+    (missing,) = told
+    assert missing.until >= second[-1].received_at
+    assert missing.since is None or missing.since <= second[0].received_at

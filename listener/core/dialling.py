@@ -881,6 +881,8 @@ def _not_accepted(dial: Dial, fact: Refused | NotAnswered) -> tuple[Dial, bool]:
         if dial.call is not None or dial.reached is not DialState.REQUESTED:
             return dial, False
         code = "unanswered" if fact.sent else "not sent"
+        if not fact.sent:
+            dial = _undoubted(dial)
         return _noted(dial, Cause(fact.system, "request", code, fact.text)), not fact.sent
     # A call that was heard disproves the refusal (a slow or broken reply).
     refused = dial.call is None and dial.reached in _DECIDED_BEFORE_DIALLING
@@ -934,7 +936,7 @@ def _in_doubt(dial: Dial) -> bool:
 
 
 def _undoubted(dial: Dial) -> Dial:
-    """The dial once its call was seen: an error before it was about something else."""
+    """The dial once its call was seen, or nothing of it was sent: an error before was of something else."""
     return structs.replace(dial, cause=None, cause_leg=None) if _in_doubt(dial) else dial
 
 

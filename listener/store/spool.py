@@ -620,10 +620,22 @@ def _scan(content: bytes, path: Path, *, last: bool) -> _Scan:
 
 def _torn(content: bytes, at: int, mark: bytes) -> bool:
     """Whether the rest is what an append leaves when it is interrupted: the beginning of a record that is
-    longer than what is there, or the zeros of a file that had grown before its bytes were written."""
+    longer than what is there, or the zeros of a file that had grown before its bytes were written.
+
+    If all messages of the record are there, then it is its length that is wrong, and that is damage.
+    """
     rest = content[at:]
     begins = rest[:_MARK_BYTES] == mark[: len(rest)]
-    return (begins and not _whole(content, at, mark, check=False)) or not any(rest)
+    if not begins or _whole(content, at, mark, check=False):
+        return not any(rest)
+    if len(rest) <= _RECORD.size:
+        return True
+    notifications: int = _RECORD.unpack_from(rest)[3]
+    try:
+        heard: list[Heard] = _decode(rest[_RECORD.size :])
+    except (msgspec.MsgspecError, ValueError, OverflowError):
+        return True
+    return len(heard) != notifications
 
 
 def _write_all(file: int, content: bytes) -> None:

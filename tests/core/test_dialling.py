@@ -1215,3 +1215,10 @@ def test_a_match_is_never_a_guess(numbers: list[str], number: str | None, device
     assert found.dial is None or number is not None
     assert (found.dial is not None) == (len(found.candidates) == 1)
     assert (found.confidence is MatchConfidence.AMBIGUOUS) == (len(found.candidates) > 1)
+
+
+def test_what_was_not_sent_was_not_refused_by_an_error_before_it() -> None:
+    """The error was of something else: no request of this dial reached anybody."""
+    after = ended(dial(), Reported(gws("ErrorCode", 415)), NotAnswered(sent=False, system=System.GWS))
+    assert after.cause is not None
+    assert (after.outcome, after.cause.field, after.cause.code) == (O.FAILED, "request", "not sent")

@@ -582,3 +582,21 @@ def test_a_report_says_what_is_there_and_changes_nothing(tmp_path: Path) -> None
     content[60] ^= 1
     segments(directory)[0].write_bytes(content)
     assert inspect(directory).damaged == 1
+
+
+def test_a_record_whose_length_is_damaged_is_not_what_a_crash_cut_short(tmp_path: Path) -> None:
+    """All of the last record lies on disk: it was reported as written, and one bit of its length changed."""
+    spool = Spool.open(tmp_path / "spool")
+    places = spool.append(deliveries(2))
+    spool.close()
+    (segment,) = (tmp_path / "spool").glob("*.spool")
+    content = bytearray(segment.read_bytes())
+    content[places[1][1] + 8 + 1] ^= 1  # the mark has eight bytes; then comes the length, big-endian
+    segment.write_bytes(content)
+
+    spool = Spool.open(tmp_path / "spool")
+    lost = spool.lost()
+    spool.close()
+
+    assert spool.damaged == 1
+    assert lost.missing != ()
