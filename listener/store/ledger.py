@@ -104,8 +104,9 @@ async def lose(
     """
     named = {each.account for each in missing if each.account is not None}
     others = set()
-    if any(each.account is None for each in missing):
-        others = {row[0] for row in await connection.fetch(_LISTENED)}
+    anybodys = [microseconds(each.until) for each in missing if each.account is None]
+    if anybodys:
+        others = {row[0] for row in await connection.fetch(_LISTENED, min(anybodys) - _BEFORE_A_LOSS)}
     held = await connection.fetch(_HELD, sorted(named | others))
     if restarted_at is not None:
         end = await Ledger.read(connection, [row["id"] for row in held])
@@ -250,12 +251,17 @@ DAMAGED_SINCE = f"""
         WHERE g.account_id = n.account_id AND g.since >= o.until AND g.cause = '{DAMAGED}')"""  # noqa: S608 - text of this module
 """The accounts that have lost something that was heard since they were observed last."""
 
+_BEFORE_A_LOSS = 86_400_000_000
+"""Microseconds: a gap that began a day before the last of what is damaged began before the outage in which
+that was written down. Were there no bound, accounts unheard for months would get gaps in those days."""
+
 _LISTENED = """
     SELECT c.account_id FROM coverage c
-    WHERE c.until IS NULL AND (c.cause = '' OR c.cause IN ('stopped', 'not started') AND EXISTS (
-        SELECT FROM bayeux_session b WHERE b.account_id = c.account_id))"""
-"""The accounts that count as observed now, or would if their session went on: whatever is damaged may have
-been theirs. Those that have a gap anyway lose nothing, and those that are retired were not heard."""
+    WHERE c.until IS NULL AND (c.cause = '' OR c.since > $1
+        OR c.cause IN ('stopped', 'not started') AND EXISTS (
+            SELECT FROM bayeux_session b WHERE b.account_id = c.account_id))"""
+"""The accounts that count as observed now, or did before a gap that began after $1, or would if their session
+went on: whatever is damaged may have been theirs. Those that are retired are not heard."""
 
 _HELD = "SELECT id, heard_at FROM account WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE"
 

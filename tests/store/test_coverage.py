@@ -383,8 +383,8 @@ async def test_a_loss_before_a_stop_is_not_withdrawn_with_it(
 async def test_a_loss_whose_account_nobody_knows_is_everybodys(
     journal: Journal, sql: asyncpg.Connection
 ) -> None:
-    """Of every account that counts as observed, or whose session may go on and would withdraw its gap; but
-    not of those that the same loss names, of those that have another gap, and of those that are gone."""
+    """Of every account that counts as observed, or did before its gap, or whose session may go on and would
+    withdraw its gap; but not of those that the same loss names, and of those that are gone."""
     names = ["named", "disconnected", "retired", "stopped", "resumable"]
     ids = await journal.register([AccountRow(name, "", "lab") for name in names])
     everybody = [1, 2, *ids.values()]
@@ -405,12 +405,43 @@ async def test_a_loss_whose_account_nobody_knows_is_everybodys(
             (40, None, "not started"),
         ]
     assert (30, 35, DAMAGED) in lasting(await rows(sql, ids["named"]))
-    assert lasting(await rows(sql, ids["disconnected"])) == [(0, 20, ""), (20, None, "disconnected")]
-    assert lasting(await rows(sql, ids["retired"])) == [(0, 20, "")]
-    assert lasting(await rows(sql, ids["stopped"])) == [(0, 20, ""), (20, None, "stopped")]
-    assert lasting(await rows(sql, ids["resumable"])) == [
+    assert lasting(await rows(sql, ids["disconnected"])) == [
         (0, 10, ""),
         (10, 20, DAMAGED),
-        (20, 40, DAMAGED),
-        (40, None, "stopped"),
+        (20, None, "disconnected"),
     ]
+    assert lasting(await rows(sql, ids["retired"])) == [(0, 20, "")]
+    for name in ("stopped", "resumable"):
+        assert lasting(await rows(sql, ids[name])) == [
+            (0, 10, ""),
+            (10, 20, DAMAGED),
+            (20, 40, DAMAGED),
+            (40, None, "stopped"),
+        ]
+
+
+@pytest.mark.parametrize("cause", ["disconnected", "stopped"])
+async def test_a_loss_is_also_theirs_who_were_observed_then_and_are_not_now(
+    journal: Journal, sql: asyncpg.Connection, cause: str
+) -> None:
+    """What is damaged may have been heard before a gap began that was written while the spool was drained."""
+    await journal.cover([Cover(1, at(0)), Cover(2, at(0))])
+    await journal.heartbeat([1, 2], at(10))
+    await journal.cover([Cover(1, at(50), cause)])
+
+    await journal.lose([Missing(None, at(40))], at(100))
+
+    assert (10, 40, DAMAGED) in lasting(await rows(sql, 2))
+    assert (10, 40, DAMAGED) in lasting(await rows(sql, 1))
+
+
+async def test_a_gap_that_began_long_before_a_loss_stays(journal: Journal, sql: asyncpg.Connection) -> None:
+    """An account that nobody has heard for a day when something is damaged has lost nothing of it."""
+    await journal.cover([Cover(1, at(0)), Cover(2, at(0))])
+    await journal.heartbeat([1, 2], at(10))
+    await journal.cover([Cover(1, at(50), "disconnected")])
+
+    await journal.lose([Missing(None, at(86_500))], at(86_600))
+
+    assert lasting(await rows(sql, 1)) == [(0, 50, ""), (50, None, "disconnected")]
+    assert (10, 86_500, DAMAGED) in lasting(await rows(sql, 2))
