@@ -128,7 +128,7 @@ POINTS = (
     ),
     Point("spooled", f"{_SPOOL}.append", Moment.AFTER, passing=1, burst=True, spools=True),
     Point("read from the spool", f"{_SPOOL}.read", Moment.AFTER, passing=1, burst=True, spools=True),
-    Point("decoded", "listener.pipeline:decode", Moment.AFTER),
+    Point("decoded", "listener.core.decode:_entry", Moment.AFTER),
     Point("batch handed over", f"{_JOURNAL}.record", Moment.BEFORE, lambda given, _: _heard(given[1])),
     # The first batch of a stream, and whatever is not as it was expected.
     Point("transaction begun", "BEGIN", Moment.AFTER),
@@ -141,6 +141,14 @@ POINTS = (
     Point("anomalies copied", "COPY anomaly", Moment.AFTER, passing=1),
     Point("rows written", "rows.WRITE", Moment.AFTER),
     # A large batch that is as expected.
+    Point(
+        "half folded, half copied",
+        "listener.store.batch:Foreseen._fold",
+        Moment.AFTER,
+        lambda given, _: given[1] > 0,
+        passing=1,
+        burst=True,
+    ),
     Point("large batch written", "rows.WRITE_AS_EXPECTED", Moment.AFTER, passing=1, burst=True),
     Point("before COMMIT", "COMMIT", Moment.BEFORE),
     Point("COMMIT sent", "COMMIT", Moment.SENT),
