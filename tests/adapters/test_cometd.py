@@ -1478,7 +1478,7 @@ async def test_an_old_session_is_tried_once_while_the_server_is_away(
     peer = await cometd_peer(**SERVER)
     proxy = await tcp_proxy(peer)
     url = f"http://{HOST}:{proxy.port}{peer.path}"
-    for age_s, handshakes in ((60.0, 0), (3600.0, 1)):
+    for age_s, begins_anew in ((60.0, False), (3600.0, True)):
         await peer.reset()
         first = Remembering(journal)
         async with subscribed(url, first, goodbye=False):
@@ -1490,8 +1490,9 @@ async def test_an_old_session_is_tried_once_while_the_server_is_away(
         async with listening(url, second, saved=left):
             await second.until_told(Gap)
             await proxy.resume()
-            await second.until_told(Subscribed if handshakes else Unbroken)
-        assert second.kinds()[Handshaken] == handshakes
+            await second.until_told(Subscribed if begins_anew else Unbroken)
+        # More than one, should a connection of before the proxy's return break after the first.
+        assert (second.kinds()[Handshaken] > 0) is begins_anew
 
 
 async def test_without_acknowledgements_a_session_is_resumed_with_a_gap(
