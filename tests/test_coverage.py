@@ -1279,18 +1279,21 @@ async def test_a_heartbeat_that_fails_says_that_the_store_is_away() -> None:
     assert available == [False, True]
 
 
+class CoverRefused(MemoryJournal):
+    """A store that takes everything but turns of coverage, while it refuses those."""
+
+    refusing = False
+
+    async def cover(self, covers: Sequence[Cover], sessions: Mapping[int, Saved | None]) -> None:
+        """As ever, or StoreUnavailable."""
+        if self.refusing:
+            raise StoreUnavailable("A lock was not to be had in time.")
+        await super().cover(covers, sessions)
+
+
 async def test_no_heartbeat_overtakes_a_gap_that_is_not_written_yet() -> None:
     """While covers wait for the store nothing is vouched for: the row that a heartbeat would lengthen is one
     that has ended."""
-
-    class CoverRefused(MemoryJournal):
-        refusing = False
-
-        async def cover(self, covers: Sequence[Cover], sessions: Mapping[int, Saved | None]) -> None:
-            if self.refusing:
-                raise StoreUnavailable("A lock was not to be had in time.")
-            await super().cover(covers, sessions)
-
     memory, clock = CoverRefused(), Clock()
     ledger = Ledger(memory, pause=clock.pause)
     async with running(ledger):
@@ -1311,16 +1314,8 @@ async def test_no_heartbeat_overtakes_a_gap_that_is_not_written_yet() -> None:
 async def test_what_is_lost_is_written_after_what_was_told_before_it() -> None:
     """However long the store takes no turns: a gap that is told and not written yet would find its moment cut
     away. Who told it waits until it is durable, and no heartbeat comes before."""
-
-    class CoverRefused(MemoryJournal):
-        refusing = True
-
-        async def cover(self, covers: Sequence[Cover], sessions: Mapping[int, Saved | None]) -> None:
-            if self.refusing:
-                raise StoreUnavailable("A lock was not to be had in time.")
-            await super().cover(covers, sessions)
-
     memory, clock = CoverRefused(), Clock()
+    memory.refusing = True
     ledger = Ledger(memory, pause=clock.pause)
     async with running(ledger), asyncio.TaskGroup() as tasks:
         ledger.cover(Cover(1, clock.wall()), clock.wall)

@@ -161,7 +161,7 @@ def closes(heard: Heard, decoded: Decoded) -> tuple[int, ...]:
 def ids_needed(decoded: Decoded) -> int:
     """How many notification ids `Board.hear` may use for a message: its own, and one for each call of a
     snapshot, since a call's id is that of the notification that opened it."""
-    return 1 + len(decoded.calls) if type(decoded) is Snapshot else 1
+    return 1 + len(decoded.calls) if isinstance(decoded, Snapshot) else 1
 
 
 def _ids(notification: Notification) -> list[str]:

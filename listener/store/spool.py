@@ -473,10 +473,10 @@ def _missing(story: Sequence[_Found]) -> list[Missing]:
     """What may be missing of each account that the story names; and of no account by name, what may be
     missing of those that it does not."""
     found: list[tuple[int | None, int | None, int]] = []
-    before: dict[
-        int, tuple[int | None, int]
-    ] = {}  # when it was last received, and how many doubts were there
-    own: dict[int, int] = {}  # damage that is known to be this account's, since then
+    # When something of the account was last received, and how many doubts were there.
+    before: dict[int, tuple[int | None, int]] = {}
+    # Damage that is known to be this account's, since then.
+    own: dict[int, int] = {}
     doubts = doubts_until = 0
     for each in story:
         if each.account is None:
@@ -567,6 +567,15 @@ def _whole(content: bytes, at: int, mark: bytes, *, check: bool = True) -> int:
     return int(end - at)
 
 
+def _messages(payload: bytes) -> list[Heard] | None:
+    """What a record holds; None where that cannot be read."""
+    try:
+        heard: list[Heard] = _decode(payload)
+    except (msgspec.MsgspecError, ValueError, OverflowError):  # also what damaged text and moments raise
+        return None
+    return heard
+
+
 def _whose(stretch: bytes, mark: bytes) -> tuple[int | None, int | None]:
     """The account of a damaged record, and when it was received; None where its two copies do not agree, or
     the stretch is not one record."""
@@ -574,9 +583,8 @@ def _whose(stretch: bytes, mark: bytes) -> tuple[int | None, int | None]:
         return None, None
     _, _, account, notifications, at, _ = _RECORD.unpack_from(stretch)
     payload = stretch[_RECORD.size :]
-    try:
-        heard = _decode(payload)
-    except (msgspec.MsgspecError, ValueError, OverflowError):  # also what damaged text and moments raise
+    heard = _messages(payload)
+    if heard is None:
         # The account is the first field of the first message, behind the heads of the list and of the map.
         named = payload.find(_ACCOUNT + _encode(account), 0, 32)
         return (account if named in (2, 4, 6) else None), None
@@ -631,11 +639,8 @@ def _torn(content: bytes, at: int, mark: bytes) -> bool:
     if len(rest) <= _RECORD.size:
         return True
     notifications: int = _RECORD.unpack_from(rest)[3]
-    try:
-        heard: list[Heard] = _decode(rest[_RECORD.size :])
-    except (msgspec.MsgspecError, ValueError, OverflowError):
-        return True
-    return len(heard) != notifications
+    heard = _messages(rest[_RECORD.size :])
+    return heard is None or len(heard) != notifications
 
 
 def _write_all(file: int, content: bytes) -> None:
