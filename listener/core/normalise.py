@@ -167,15 +167,9 @@ def ids_needed(decoded: Decoded) -> int:
 def _ids(notification: Notification) -> list[str]:
     """The ids of one notification without repeats, its own first."""
     found = [notification.call_id]
-    other = notification.call_uuid
-    if other and other not in found:
-        found.append(other)
-    other = notification.conn_id
-    if other and other not in found:
-        found.append(other)
-    other = notification.previous_conn_id
-    if other and other not in found:
-        found.append(other)
+    for other in (notification.call_uuid, notification.conn_id, notification.previous_conn_id):
+        if other and other not in found:
+            found.append(other)
     return found
 
 
