@@ -10,8 +10,8 @@ Two parsers stand behind it. The quick one (msgspec, typed, with `userData` left
 known whether its keys repeat) takes every well-formed message; it was chosen over the standard library's
 because decoding is the largest cost per message on our side (measured: 6.6 us against 1.3 to 2.4 us).
 What it refuses (invalid UTF-8, lone surrogates, NaN, a text where an object belongs, …), and what it would
-take but no database holds (NUL, numbers beyond 64 bits), goes through the patient one, which replaces that
-and says so. What both can read they read alike; tests hold them to it.
+take but no database holds or should (NUL, numbers beyond 64 bits, thousands of capabilities), goes through
+the patient one, which replaces that and says so. What both can read they read alike; tests hold them to it.
 
 The field names and their traps are from Genesys' documentation of the call resource (GWS 8.5.2) and one
 field capture.
@@ -73,6 +73,13 @@ PARTICIPANTS_MAX = 1000
 
 USER_DATA_KEYS_MAX = 10_000
 """Attached data with more keys is not read, since each of them would be a row in the call's history."""
+
+CAPABILITIES_MAX = 200
+"""Of more capabilities the first ones of the alphabet count, whatever their order was: Genesys knows some
+thirty, and sets of them are kept to be shared."""
+
+CAPABILITY_CHARS_MAX = 100
+"""A longer text is no name of a capability, and is left out."""
 
 CAPABILITY_SETS_KEPT_MAX = 256
 """Different sets of capabilities that are kept to be shared; the one that was unused longest goes."""
@@ -364,8 +371,18 @@ def _notification(
 
 @lru_cache(maxsize=CAPABILITY_SETS_KEPT_MAX)
 def _one_of_its_kind(capabilities: frozenset[str]) -> frozenset[str]:
-    """The same few sets come again and again, in any order: one object for all their calls to share."""
+    """The same few sets come again and again, in any order: one object for all their calls to share.
+
+    Raises `_Unstorable` for one beyond the bounds, which is not kept then: to ask here costs a set that is
+    known nothing.
+    """
+    if len(capabilities) > CAPABILITIES_MAX or not all(map(_is_capability, capabilities)):
+        raise _Unstorable
     return capabilities
+
+
+def _is_capability(text: str) -> bool:
+    return len(text) <= CAPABILITY_CHARS_MAX
 
 
 def _bounded(oddities: list[Anomaly]) -> tuple[Anomaly, ...]:
@@ -595,7 +612,7 @@ class _NotAMessage(Exception):
 
 
 class _Unstorable(Exception):
-    """The quick parser has read something that no database holds."""
+    """The quick parser has read something that no database holds, or should."""
 
 
 class _Pairs(dict[str, Any]):
@@ -778,7 +795,13 @@ class _Coercion:
         for item in value:
             if not isinstance(item, str):
                 self._odd(f"{name}[]", item, "text")
-        return frozenset(item for item in value if isinstance(item, str))
+        texts = {item for item in value if isinstance(item, str)}
+        kept = sorted(filter(_is_capability, texts))[:CAPABILITIES_MAX]
+        if left_out := len(texts) - len(kept):
+            bounds = f"more than {CAPABILITIES_MAX} or longer than {CAPABILITY_CHARS_MAX} characters"
+            detail = f"{left_out} of the capabilities are left out, {bounds}; the raw message has them"
+            self._oddities.append(Anomaly("poisoned", detail))
+        return frozenset(kept)
 
     def _raw(self, _name: str, value: Any) -> Raw:
         # Back to text, repeated keys included, so that one function reads userData for both parsers.

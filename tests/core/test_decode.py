@@ -1019,6 +1019,42 @@ def test_more_attached_data_than_any_call_has() -> None:
     assert notification(in_data(resource(userData=data))).user_data == data
 
 
+def test_more_capabilities_than_any_call_has() -> None:
+    """As many as may be are taken, the same ones in whatever order they came, and how many are not
+    is said. So in a list of calls."""
+    names = [f"Capability{number:05}" for number in range(decoder.CAPABILITIES_MAX + 50)]
+    heard = notification(message(capabilities=names))
+    assert heard.capabilities == frozenset(names[: decoder.CAPABILITIES_MAX])
+    assert kinds(heard) == ["poisoned"]
+    assert heard.oddities[0].detail.startswith("50 of the capabilities are left out")
+    assert notification(message(capabilities=names[::-1])) == heard
+    fit = notification(message(capabilities=names[: decoder.CAPABILITIES_MAX]))
+    assert (fit.capabilities, kinds(fit)) == (heard.capabilities, [])
+    listed = live(snapshot(resource("Held", capabilities=names)))
+    assert (listed.calls[0].capabilities, kinds(listed)) == (heard.capabilities, ["poisoned"])
+
+
+def test_a_capability_that_is_no_name() -> None:
+    """It is left out and said, also in a short message; the others on the call stay as they are."""
+    longest = "☎" * decoder.CAPABILITY_CHARS_MAX
+    heard = notification(message(capabilities=["Hold", longest, longest + "x", "Hangup"]))
+    assert heard.capabilities == frozenset({"Hold", longest, "Hangup"})
+    assert (kinds(heard), heard.oddities[0].detail[:2]) == (["poisoned"], "1 ")
+    fit = notification(message(capabilities=["Hold", longest, "Hangup"]))
+    assert (fit.capabilities, kinds(fit)) == (heard.capabilities, [])
+
+
+def test_only_capabilities_within_their_bounds_are_kept_to_be_shared() -> None:
+    """A server that sends huge sets, always others, does not fill the memory with them."""
+    decoder._one_of_its_kind.cache_clear()
+    for number in range(3):
+        notification(message(capabilities=[f"{number}" * 1_000_000]))
+        notification(message(capabilities=[f"{number} {each}" for each in range(10_000)]))
+    assert decoder._one_of_its_kind.cache_info().currsize == 4  # none, and the first ones of each
+    one, other = (notification(message(capabilities=names)) for names in (["A", "B"], ["B", "A"]))
+    assert one.capabilities is other.capabilities
+
+
 def test_long_numbers_of_participants_too() -> None:
     """By bytes and not by characters; the others on the call stay as they are. So in a list of calls."""
     wide = "☎" * (decoder.NAME_BYTES_MAX // 3 + 1)
