@@ -87,6 +87,9 @@ CAPABILITY_SETS_KEPT_MAX = 256
 NAME_CHARS_SHOWN = 40
 """What is left of it to be read."""
 
+CALL_TYPES = ("CallStateChangeMessage", "CallStateChanged")
+"""The messageTypes of news of a call, in GWS 8.5.2 and in v3: without a call they are no asides."""
+
 CALLS_CLOSED = "CallsClosed"
 """The messageType of a `Closing`, which we write ourselves."""
 
@@ -190,6 +193,8 @@ _QUICK = msgspec.json.Decoder(_Body)
 _ANYTHING = msgspec.json.Decoder()
 _NO_BODY = _Body()
 _NO_PARTY = _Party()
+_UNREADABLE = _Body()
+"""In the place of a `call` that is no object."""
 
 
 def decode(raw: bytes, channel: str = "") -> Decoded:
@@ -216,7 +221,11 @@ def decode(raw: bytes, channel: str = "") -> Decoded:
             except (msgspec.MsgspecError, UnicodeError, _Unstorable):
                 pass  # not without a loss: it is read again, patiently
         oddities: list[Anomaly] = []
-        return _within_bounds(_interpret(_patient(raw, oddities), channel, oddities))
+        patiently = _interpret(_patient(raw, oddities), channel, oddities)
+        if oddities and isinstance(patiently, Unrecognised):
+            told = "; ".join(odd.detail for odd in _bounded(oddities))
+            return Unrecognised(f"{patiently.reason} ({told})"[:REASON_CHARS_MAX])
+        return _within_bounds(patiently)
     except _NotAMessage as refusal:
         return Unrecognised(str(refusal)[:REASON_CHARS_MAX])
     except RecursionError:
@@ -257,16 +266,20 @@ def _interpret(body: _Body, channel: str, oddities: list[Anomaly]) -> Decoded:
     """Finds the call, wherever it stands, or names what else it is."""
     data = body.data or body
     heard_on = body.channel or channel
-    if data.call is not None:
+    if data.call is not None and data.call is not _UNREADABLE:
         return _notification(data.call, data, heard_on, oddities)
     if data.calls is not None:
         return _snapshot(data.calls, data.statusCode, heard_on, oddities)
-    if data.messageType:
-        if data.messageType == CALLS_CLOSED and (closing := _closing(data.closing)) is not None:
-            return closing
-        return Aside(data.messageType, data.notificationType or "")
-    if data.state is not None and (data.id is not None or data.callUuid or data.connId):
+    if data.messageType == CALLS_CLOSED and (closing := _closing(data.closing)) is not None:
+        return closing
+    has_id = data.id is not None or data.callUuid or data.connId
+    if not data.messageType and data.state is not None and has_id:
         return _notification(data, data, heard_on, oddities, resource=True)
+    if data.call is _UNREADABLE or data.messageType in CALL_TYPES:
+        named = (data.messageType or "a JSON object")[:NAME_CHARS_SHOWN]
+        return Unrecognised(f"{named} without a call that can be read")
+    if data.messageType:
+        return Aside(data.messageType, data.notificationType or "")
     if data.devices is not _NO_RAW:
         return Aside("DeviceResources")
     if data.statusCode is not None:
@@ -694,7 +707,7 @@ class _Coercion:
         """The fields that we read, coerced."""
         read: dict[str, Callable[[str, Any], Any]] = {
             "data": self._nested,
-            "call": self._nested,
+            "call": self._call,
             "calls": self._calls,
             "closing": self._any,
             "devices": self._raw,
@@ -738,6 +751,9 @@ class _Coercion:
             return self.body(value)
         self._odd(name, value, "an object")
         return None
+
+    def _call(self, name: str, value: Any) -> _Body:
+        return self._nested(name, value) or _UNREADABLE
 
     def _calls(self, name: str, value: Any) -> list[_Body] | None:
         if isinstance(value, list):

@@ -696,9 +696,45 @@ def test_no_message(raw: bytes) -> None:
     assert refused(raw)
 
 
+@pytest.mark.parametrize("value", [7, True, "/calls/1", [], [{"id": UUID, "state": "Held"}]])
+@pytest.mark.parametrize(
+    "body", [{"messageType": "Foo"}, {"messageType": "CallStateChangeMessage"}, {"statusCode": 0}, {}]
+)
+def test_a_call_that_is_no_object_is_no_aside(body: JsonObject, value: Any) -> None:
+    """It may be news of a call: that it cannot be read is said, with what stands there."""
+    kind = {bool: "a boolean", int: "a number", str: "a text", list: "a list"}[type(value)]
+    reason = refused(bayeux(body | {"call": value}))
+    assert reason.startswith(body.get("messageType", "a JSON object"))
+    assert reason.endswith(f"(call is {kind}, not an object)")
+
+
+@pytest.mark.parametrize("kind", decoder.CALL_TYPES)
+@pytest.mark.parametrize("fields", [{}, {"call": None}])
+def test_news_of_a_call_without_the_call_is_no_aside(kind: str, fields: JsonObject) -> None:
+    """By its type it concerns a call. A message of another type need not have one."""
+    assert refused(bayeux({"messageType": kind} | fields)).startswith(kind)
+    assert decode(encoded(bayeux({"messageType": "Foo"} | fields))) == Aside("Foo")
+
+
+def test_a_bare_call_may_hold_a_call_that_cannot_be_read() -> None:
+    """It is a field that we do not read there, and hides nothing."""
+    heard = notification(resource("Held") | {"call": "/calls/1"})
+    assert (heard.state, kinds(heard)) == ("Held", ["malformed_field"])
+
+
+def test_what_is_read_of_no_message_is_in_the_reason() -> None:
+    """Fields of the wrong type are often why."""
+    assert refused({"call": {"id": [], "connId": {}}}).endswith(
+        "(id is a list, not text; connId is an object, not text)"
+    )
+    assert refused(bayeux("text")).endswith("(data is a text, not an object)")  # type: ignore[arg-type]
+
+
 def test_a_reason_is_short() -> None:
     """It quotes the input, but not all of it."""
     assert len(refused(b"x" * 100_000)) <= decoder.REASON_CHARS_MAX
+    assert len(refused({"messageType": "x" * 10_000, "call": 7})) <= decoder.REASON_CHARS_MAX
+    assert "call is a number" in refused({"messageType": "x" * 10_000, "call": 7})
 
 
 @pytest.mark.parametrize("body", [{"id": "x"}, {"state": "Ringing"}, {"id": "", "state": "Ringing"}])
