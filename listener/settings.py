@@ -72,6 +72,8 @@ NO_ACCOUNT = (
 
 LIKENESS_MIN = 0.6
 """From which likeness on (difflib's ratio, 0 to 1) a name that nobody knows may be meant to be another."""
+LIKENESS_SURE = 0.8
+"""From which likeness on a table that nobody knows is checked as the one that it may be meant to be."""
 
 Key = tuple[str | int, ...]
 
@@ -648,9 +650,44 @@ def _from_toml(path: Path, found: _Found) -> _Source:
             f"this is not TOML: {cause.lower()}; see {EXAMPLE}",
         )
         return _Source({})
-    _anchor(values, path.parent)
     places = {key: _Place(_Kind.CONFIGURATION, str(path), line) for key, line in _lines(text).items()}
-    return _Source(values, places)
+    source = _Source(values, places)
+    for name in [name for name in values if name not in Settings.model_fields]:
+        for section in difflib.get_close_matches(name, _SECTIONS, n=1, cutoff=LIKENESS_SURE):
+            _respell(source, name, section, found)
+    _anchor(values, path.parent)
+    return source
+
+
+def _respell(source: _Source, name: str, section: str, found: _Found) -> None:
+    """Say that a table's name is misspelt, and put what it holds where it was meant to be: what is wrong in
+    it is told too, and nothing that only follows. What cannot have been meant so stays, and is refused."""
+    values, first = source.values, 0
+    given, meant = values[name], values.get(section)
+    if section == "accounts":
+        if not (isinstance(given, list) and _are_tables(given) and isinstance(meant, list | None)):
+            return
+        first = len(meant or [])
+        values[section] = [*(meant or []), *given]
+    else:
+        if not (isinstance(given, dict) and isinstance(meant, dict | None)):
+            return
+        if section in _NAMED and not _are_tables(given.values()):
+            return
+        values[section] = _merge(given, meant or {})
+    del values[name]
+    said = f'there is no setting "{name}" at the top of the file; did you mean "{section}"?'
+    found.problem(_place([source], (name,)), said)
+    for key, place in [(key, place) for key, place in source.places.items() if key[0] == name]:
+        match key:
+            case (_, int(number), *below):
+                source.places[(section, first + number, *below)] = place
+            case (_, *below):
+                source.places.setdefault((section, *below), place)
+
+
+def _are_tables(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def _anchor(values: dict[str, Any], base: Path) -> None:

@@ -393,6 +393,81 @@ def test_one_wrong_section_hides_no_problem_of_another(write: Write) -> None:
         )
 
 
+def test_a_misspelt_table_is_looked_into(write: Write) -> None:
+    """What is wrong in it is told in the same run, and whoever names what it holds names something. So it is
+    beside a table that is spelt as it should."""
+    path = write(
+        "listener.toml",
+        f"""\
+        [enviroments.prod]
+        base_url = "https://gws.example.com"
+        auth = "beare"
+        ca_file = "none.pem"
+        [environment.test]
+        base_ulr = "https://test.example.com"
+        [environments.lab]
+        base_url = "http://lab"
+        [[accounts]]
+        environment = "prod"
+        login = "a"
+        [[acounts]]
+        environment = "lab"
+        login = "b"
+        [[acounts]]
+        environment = "tst"
+        lgoin = "c"
+        password = "{SECRET}"
+        [noojee_.n]
+        base_url = "n"
+        api_key = "{SECRET}"
+        extensions = {{ 101 = "a" }}
+        [operations]
+        port = "x"
+        [operation]
+        port = 9
+        host = "0.0.0.0"
+        """,
+    )
+    told = [
+        (1, 'no setting "enviroments" at the top of the file; did you mean "environments"?'),
+        (3, "environments.prod.auth: should be"),
+        (4, f"ca_file {path.parent}/none.pem: it cannot be read"),
+        (5, 'no setting "environment" at the top of the file; did you mean "environments"?'),
+        (6, 'no setting "base_ulr" in [environments.test]; did you mean "base_url"?'),
+        (12, 'no setting "acounts" at the top of the file; did you mean "accounts"?'),
+        (12, "account b lacks password_file"),
+        (15, 'this account: there is no [environments."tst"]; did you mean "test"?'),
+        (17, 'no setting "lgoin" in [[accounts]]; did you mean "login"?'),
+        (19, 'no setting "noojee_" at the top of the file; did you mean "noojee"?'),
+        (20, "noojee.n.base_url: it must begin with"),
+        (22, "the account a is taken by [[accounts]] a"),
+        (24, "operations.port must be a whole number"),
+        (25, 'no setting "operation" at the top of the file; did you mean "operations"?'),
+        (27, "operations.host 0.0.0.0 is not loopback"),
+    ]
+    for problem, (line, part) in zip(_problems(path, listens=True), told, strict=True):
+        assert problem.startswith(f"{path}:{line}: "), problem
+        assert part in problem, problem
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "environment = 5\n",
+        "[extensions]\n101 = 'a'\n",
+        "[acounts]\nlgoin = 'a'\n",
+        "[[operation]]\nprot = 1\n",
+        "[environment]\nbase_ulr = 'http://e'\n",
+        "acounts = [1]\n",
+        "operation = 2026-03-02\n",
+    ],
+)
+def test_what_cannot_have_been_meant_as_a_table_is_not_looked_into(write: Write, text: str) -> None:
+    """It would only be told that it is none."""
+    (problem,) = _problems(write("listener.toml", text))
+    assert "at the top of the file; " in problem
+
+
 def test_the_configuration_is_told_before_thousands_of_rows(write: Write) -> None:
     """What is wrong with many accounts does not push out what is wrong with the configuration."""
     write("accounts.csv", "environment,login\n" + "prod\n" * 5000)
