@@ -24,6 +24,7 @@ from listener.core.calls import (
     Aside,
     Call,
     Decoded,
+    Entry,
     Heard,
     Notification,
     Participant,
@@ -256,17 +257,19 @@ def test_each_sample_is_decoded(sample: Sample) -> None:
 # ── The fold ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def heard_of(samples: list[Sample], account: int = ACCOUNT) -> list[Heard]:
+def heard_of(samples: list[Sample], account: int = ACCOUNT) -> list[Entry]:
     """The samples as one session hears them, a second apart; snapshots as somebody asked for them."""
-    stream, heard = str(uuid4()), []
+    stream, entries = str(uuid4()), []
     for position, sample in enumerate(samples, start=1):
+        decoded = decode(sample.raw)
         at = AT + timedelta(seconds=position)
-        snapshot = isinstance(decode(sample.raw), Snapshot)
+        snapshot = isinstance(decoded, Snapshot)
         channel = "/api/v2/me/calls?fields=*" if snapshot else "/v2/me/calls"
         source = Source.SNAPSHOT if snapshot else Source.COMETD
         asked_at = at - timedelta(milliseconds=300) if snapshot else None
-        heard.append(Heard(account, stream, position, at, channel, sample.raw, source, asked_at))
-    return heard
+        heard = Heard(account, stream, position, at, channel, sample.raw, source, asked_at)
+        entries.append(Entry(heard, decoded))
+    return entries
 
 
 def assert_followed(step: Step, heard: Notification) -> None:
@@ -298,10 +301,9 @@ OF_THE_SAMPLE = {
 @every_sample
 def test_each_sample_opens_its_call(sample: Sample) -> None:
     """On an empty board, a sample is the first message of its call, which is then as the sample says."""
-    (message,) = heard_of([sample])
-    decoded = decode(message.raw, message.channel)
-    steps = Board([]).hear(1, message, decoded)
-    calls = called(decoded)
+    (entry,) = heard_of([sample])
+    steps = Board([]).hear(1, entry.heard, entry.decoded)
+    calls = called(entry.decoded)
     assert len(steps) == len(calls)
     for step, heard in zip(steps, calls, strict=True):
         assert step.began
@@ -319,12 +321,11 @@ def called(decoded: Decoded) -> tuple[Notification, ...]:
 def test_all_samples_can_be_heard_in_one_session() -> None:
     """One after the other, over and over: the fold takes them all, and each call has been heard of."""
     board, number, steps = Board([]), 1, []
-    for heard in heard_of(SAMPLES * 3):
-        decoded = decode(heard.raw, heard.channel)
-        steps += board.hear(number, heard, decoded)
-        number += ids_needed(decoded)
+    for entry in heard_of(SAMPLES * 3):
+        steps += board.hear(number, entry.heard, entry.decoded)
+        number += ids_needed(entry.decoded)
     known = {alias for step in steps for alias in step.call.aliases}
-    assert {call.call_id for sample in SAMPLES for call in called(decode(sample.raw))} <= known
+    assert {heard.call_id for sample in SAMPLES for heard in called(decode(sample.raw))} <= known
 
 
 # ── The journal ───────────────────────────────────────────────────────────────────────────────────────
@@ -333,14 +334,14 @@ def test_all_samples_can_be_heard_in_one_session() -> None:
 async def test_the_journal_keeps_every_sample(journal: Journal, sql: asyncpg.Connection) -> None:
     """Each message with its exact bytes, also what is no JSON, and each call as the fold left it; hearing
     them again adds nothing."""
-    heard = heard_of(SAMPLES)
-    recorded = await journal.record(heard)
+    entries = heard_of(SAMPLES)
+    recorded = await journal.record(entries)
     assert (len(recorded.entries), recorded.duplicates) == (len(SAMPLES), 0)
 
     rows = await sql.fetch("SELECT raw, reason, message_type FROM notification ORDER BY position")
     assert [row["raw"] for row in rows] == [sample.raw for sample in SAMPLES]
-    for row, each in zip(rows, heard, strict=True):
-        unrecognised = isinstance(decode(each.raw, each.channel), Unrecognised)
+    for row, entry in zip(rows, entries, strict=True):
+        unrecognised = isinstance(entry.decoded, Unrecognised)
         assert (row["reason"] is not None) is unrecognised
         assert unrecognised or row["message_type"]
 
@@ -357,6 +358,6 @@ async def test_the_journal_keeps_every_sample(journal: Journal, sql: asyncpg.Con
         for row in stored
     ] == [(c.id, c.call_id, c.state, c.user_data, c.capabilities) for _, c in sorted(last.items())]
 
-    again = await journal.record(heard)
+    again = await journal.record(entries)
     assert (again.entries, again.steps, again.duplicates) == ((), (), len(SAMPLES))
     assert await sql.fetchval("SELECT count(*) FROM notification") == len(SAMPLES)

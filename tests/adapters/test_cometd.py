@@ -34,7 +34,8 @@ from yarl import URL
 from listener.adapters import cometd
 from listener.adapters.cometd import Endpoint, Line, LongPolling, WebSocket, resumable
 from listener.adapters.genesys import GenesysClient
-from listener.core.calls import Heard
+from listener.core.calls import Entry, Heard
+from listener.core.decode import decode
 from listener.core.session import (
     CONNECT,
     DISCONNECT,
@@ -1370,7 +1371,8 @@ class Remembering(Store):
 
     async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
         """Part of `Hearing`."""
-        self.duplicates += (await self.journal.record(heard)).duplicates
+        entries = [Entry(one, decode(one.raw, one.channel)) for one in heard]
+        self.duplicates += (await self.journal.record(entries)).duplicates
         await super().hear(heard, committed)
 
     async def left(self) -> Saved:
