@@ -173,6 +173,7 @@ async def test_what_was_damaged_on_disk_after_a_kill_is_a_gap_in_every_answer(
         config = tmp_path / "listener.toml"
         config.write_text(configuration(f'dsn = "{fragile_database}"', centre))
         async with child(config) as listener:
+            await until_observed(fragile_database, 2)
             async with fragile.away():
                 await simulator.play(notifications=200)
                 await until(partial(spooled, listener, 200))
@@ -298,11 +299,21 @@ async def pointed(simulator: Simulator, database: str, config: Path, point: Poin
 
 
 async def until_kept(dsn: str, sessions: int) -> None:
-    """Until so many sessions can be resumed, which is written soon after they are up; the test's own time-out
-    is the bound."""
+    """Until so many sessions can be resumed, which is written soon after they are up."""
+    await until_counted(dsn, "SELECT count(*) FROM bayeux_session", sessions)
+
+
+async def until_observed(dsn: str, accounts: int) -> None:
+    """Until the coverage says so of so many accounts, which is written soon after their sessions are up: what
+    is lost before it lies in the gap in which they were not observed yet."""
+    await until_counted(dsn, "SELECT count(*) FROM coverage WHERE cause = '' AND until IS NULL", accounts)
+
+
+async def until_counted(dsn: str, query: str, count: int) -> None:
+    """Until a query counts so many; the test's own time-out is the bound."""
     connection = await asyncpg.connect(dsn)
     try:
-        while await connection.fetchval("SELECT count(*) FROM bayeux_session") < sessions:
+        while await connection.fetchval(query) < count:
             pass
     finally:
         await connection.close()
