@@ -38,8 +38,8 @@ import asyncpg
 from benchmarks.a1 import OneCommitEach
 from benchmarks.orm import OrmJournal
 from benchmarks.traffic import traffic
-from listener.core.calls import Entry, Heard
-from listener.core.decode import Undecoded, decode
+from listener.core.calls import Heard
+from listener.core.decode import decode
 from listener.daemon import calm_collector
 from listener.pipeline import WRITERS
 from listener.store import migrate
@@ -47,7 +47,7 @@ from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
 
 ACCOUNTS = 100
-MESSAGES = 68_000
+MESSAGES = 72_000
 """Enough for 30 batches of 2,000 after the first of each writer: the end, where work runs out, weighs
 little."""
 A1_MESSAGES = 500
@@ -65,7 +65,7 @@ async def a1_same(dsn: str, heard: Sequence[Heard], began: Callable[[], None]) -
     for place, each in enumerate(heard[: WARM_UP + A1_MESSAGES]):
         if place == WARM_UP:
             began()
-        await writer.record(Entry(each, decode(each.raw, each.channel)))
+        await writer.record(each, decode(each.raw, each.channel))
     await writer.close()
     return A1_MESSAGES
 
@@ -106,7 +106,7 @@ async def journal(dsn: str, heard: Sequence[Heard], began: Callable[[], None], *
 
         async def write(shard: Sequence[Heard]) -> None:
             for start in range(0, len(shard), batch):
-                recorded = await opened.record(Undecoded(shard[start : start + batch]))
+                recorded = await opened.record(shard[start : start + batch])
                 assert recorded.duplicates == 0
 
         await asyncio.gather(*[write(shard[:batch]) for shard in shards])

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import registry
 
 from listener.core import normalise
-from listener.core.calls import Call, Entry, Notification, Step
+from listener.core.calls import Call, Decoded, Heard, Notification, Step
 from listener.store import schema
 from listener.store.connect import engine
 
@@ -76,14 +76,13 @@ class OrmJournal:
         """Disconnect."""
         await self._engine.dispose()
 
-    async def record(self, entry: Entry) -> None:
+    async def record(self, heard: Heard, decoded: Decoded) -> None:
         """One notification, one session, one commit; one that is committed already changes nothing."""
         async with self._session() as session, session.begin():
-            if await self._is_new(session, entry):
-                await self._follow(session, entry)
+            if await self._is_new(session, heard):
+                await self._follow(session, heard, decoded)
 
-    async def _is_new(self, session: AsyncSession, entry: Entry) -> bool:
-        heard = entry.heard
+    async def _is_new(self, session: AsyncSession, heard: Heard) -> bool:
         stream = await session.get(_Stream, UUID(heard.stream), with_for_update=True)
         if stream is None:
             session.add(
@@ -101,8 +100,7 @@ class OrmJournal:
         stream.position = heard.position
         return True
 
-    async def _follow(self, session: AsyncSession, entry: Entry) -> None:
-        heard, decoded = entry.heard, entry.decoded
+    async def _follow(self, session: AsyncSession, heard: Heard, decoded: Decoded) -> None:
         assert isinstance(decoded, Notification)
         number = await session.scalar(schema.NOTIFICATION_ID.next_value().select())
         assert number is not None
@@ -130,10 +128,10 @@ class OrmJournal:
             )
         )
         for step in steps:
-            await self._write(session, entry, number, step, rows.get(step.call.id))
+            await self._write(session, heard, number, step, rows.get(step.call.id))
 
     async def _write(
-        self, session: AsyncSession, entry: Entry, number: int, step: Step, row: _Call | None
+        self, session: AsyncSession, heard: Heard, number: int, step: Step, row: _Call | None
     ) -> None:
         values = _values(step.call)
         if row is None:
@@ -148,7 +146,7 @@ class OrmJournal:
                 call_id=step.call.id,
                 notification_id=number,
                 ordinal=ordinal,
-                at=entry.heard.received_at,
+                at=heard.received_at,
                 **msgspec.structs.asdict(change),
             )
             for ordinal, change in enumerate(step.changes)

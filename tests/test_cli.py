@@ -23,8 +23,7 @@ from hypothesis import strategies as st
 
 from listener import __version__, cli
 from listener.cli import decoded_lines, dialable, main, parser, split_messages
-from listener.core.calls import Cover, Entry, Heard
-from listener.core.decode import decode as decoding
+from listener.core.calls import Cover, Heard
 from listener.core.moments import moment
 from listener.errors import (
     ListenerError,
@@ -620,15 +619,11 @@ async def _remember(dsn: str, *messages: bytes) -> None:
         began = datetime.now(UTC) - timedelta(seconds=2 * len(messages))  # noqa: TID251 - "--since 1h" is real
         await journal.cover([Cover(account, began)])
         stream = str(uuid4())
-        entries = []
+        heard = []
         for position, raw in enumerate(messages, 1):
             at = began + timedelta(seconds=2 * position)
-            entries.append(
-                Entry(
-                    Heard(account, stream, position, at, "/v2/me/calls", raw), decoding(raw, "/v2/me/calls")
-                )
-            )
-        await journal.record(entries)
+            heard.append(Heard(account, stream, position, at, "/v2/me/calls", raw))
+        await journal.record(heard)
 
 
 @pytest.fixture
@@ -1060,7 +1055,7 @@ async def test_a_preview_record_is_dialled(
         raw = json.dumps({"channel": "/v2/me/outbound", "data": message}).encode()
         now = datetime.now(UTC)  # noqa: TID251 - only what was heard lately is dialled
         heard = Heard(ids["agent5000"], str(uuid4()), 1, now, "/v2/me/outbound", raw)
-        await journal.record([Entry(heard, decoding(raw))])
+        await journal.record([heard])
     finally:
         await journal.close()
     handle = ("dial", "preview", "--by", "agent5000", "--record-handle")

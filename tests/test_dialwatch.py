@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from listener.core.calls import Entry, Recorded
+from listener.core.calls import Heard, Recorded
 from listener.core.dialling import (
     DEADLINES,
     REFERENCE_KEY,
@@ -110,7 +110,7 @@ class Site:
             self.dials, self.counts, wall=lambda: self.at, pause=lambda _: asyncio.sleep(0), **options
         )
 
-    async def hear(self, *entries: Entry) -> Recorded:
+    async def hear(self, *entries: Heard) -> Recorded:
         """Messages are committed, and the watch is told."""
         recorded = await self.journal.record(entries)
         self.watch.recorded(recorded)
@@ -162,7 +162,7 @@ def asked(id: str = "d1", at: datetime = T0, *, reference: str | None = None, **
     return placed(id, 1, system, number, at, reference=reference, **fields)
 
 
-def out(line: Line, *states: str, id: str = "c1", number: str = NUMBER, **fields: Any) -> list[Entry]:
+def out(line: Line, *states: str, id: str = "c1", number: str = NUMBER, **fields: Any) -> list[Heard]:
     """The messages of a call that the account dialled."""
     return line.call(*states, id=id, numbers=[number], **fields)
 

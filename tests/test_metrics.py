@@ -18,7 +18,6 @@ from listener.core.calls import (
     Aside,
     Closing,
     Decoded,
-    Entry,
     Heard,
     Noted,
     Notification,
@@ -59,12 +58,12 @@ def _value(metrics: Metrics, sample: str, **labels: str) -> float:
     return found[0]
 
 
-def _entry(decoded: Decoded, position: int = 1, at: datetime = NOON) -> Entry:
-    return Entry(Heard(1, "s", position, at, "/v2/me/calls", b"{}"), decoded)
+def _heard(position: int = 1, at: datetime = NOON) -> Heard:
+    return Heard(1, "s", position, at, "/v2/me/calls", b"{}")
 
 
-def _noted(*entries: Entry) -> tuple[Noted, ...]:
-    return tuple(noted(entry.heard, entry.decoded) for entry in entries)
+def _noted(decoded: Decoded, position: int = 1, at: datetime = NOON) -> Noted:
+    return noted(_heard(position, at), decoded)
 
 
 def _said(state: str | None, kind: str = "StatusChange", call: str = "c1") -> Notification:
@@ -73,9 +72,9 @@ def _said(state: str | None, kind: str = "StatusChange", call: str = "c1") -> No
 
 def _record(metrics: Metrics, board: Board, *messages: Decoded) -> list[Step]:
     """Feed one batch of messages through the fold and into the metrics, as the pipeline does."""
-    entries = tuple(_entry(decoded, position) for position, decoded in enumerate(messages, 1))
-    steps = [step for entry in entries for step in board.hear(next(_IDS), entry.heard, entry.decoded)]
-    metrics.recorded(Recorded(_noted(*entries), tuple(steps), 0), 0.004, NOON)
+    said = [(_heard(position), decoded) for position, decoded in enumerate(messages, 1)]
+    steps = [step for heard, decoded in said for step in board.hear(next(_IDS), heard, decoded)]
+    metrics.recorded(Recorded(tuple(noted(*each) for each in said), tuple(steps), 0), 0.004, NOON)
     return steps
 
 
@@ -83,15 +82,15 @@ def test_a_batch_is_counted() -> None:
     """One transaction: its size, seconds, types, duplicates and the times of commit and receipt."""
     metrics = Metrics()
     entries = (
-        _entry(_said("Ringing"), 1),
-        _entry(_said("Ringing"), 2),
-        _entry(_said(None, "AttachedDataChanged"), 3),
-        _entry(_said(None, "SomethingNew"), 4),
-        _entry(Aside("DeviceStateChangeMessage"), 5),
-        _entry(Unrecognised("no JSON"), 6),
-        _entry(Snapshot((), complete=True), 7),
+        _noted(_said("Ringing"), 1),
+        _noted(_said("Ringing"), 2),
+        _noted(_said(None, "AttachedDataChanged"), 3),
+        _noted(_said(None, "SomethingNew"), 4),
+        _noted(Aside("DeviceStateChangeMessage"), 5),
+        _noted(Unrecognised("no JSON"), 6),
+        _noted(Snapshot((), complete=True), 7),
     )
-    metrics.recorded(Recorded(_noted(*entries), (), 3), 0.004, NOON + timedelta(milliseconds=6))
+    metrics.recorded(Recorded(entries, (), 3), 0.004, NOON + timedelta(milliseconds=6))
     for kind, times in {
         "StatusChange": 2,
         "AttachedDataChanged": 1,
@@ -114,10 +113,10 @@ def test_lag_is_from_receipt_to_commit() -> None:
     """Each message adds the time from its receipt to the commit, into the bucket that holds it."""
     metrics = Metrics()
     entries = tuple(
-        _entry(Aside("x"), position, NOON - timedelta(milliseconds=lag_ms))
+        _noted(Aside("x"), position, NOON - timedelta(milliseconds=lag_ms))
         for position, lag_ms in enumerate([2, 2, 9, 400, 90_000])
     )
-    metrics.recorded(Recorded(_noted(*entries), (), 0), 0.001, NOON)
+    metrics.recorded(Recorded(entries, (), 0), 0.001, NOON)
     assert [
         _value(metrics, "listener_lag_seconds_bucket", le=bound)
         for bound in ("0.001", "0.002", "0.0075", "0.01", "0.25", "1", "60", "+Inf")
@@ -130,7 +129,7 @@ def test_server_lag_is_across_both_clocks() -> None:
     metrics = Metrics()
     for offset_s in (0.2, -5):
         said = Notification("m", "StatusChange", "c", server_at=NOON - timedelta(seconds=offset_s))
-        metrics.recorded(Recorded(_noted(_entry(said)), (), 0), 0.001, NOON)
+        metrics.recorded(Recorded((_noted(said),), (), 0), 0.001, NOON)
     assert _value(metrics, "listener_server_lag_seconds_count") == 2
     assert _value(metrics, "listener_server_lag_seconds_sum") == pytest.approx(0.2)
 
@@ -197,7 +196,7 @@ def test_a_snapshot_that_ends_a_call_takes_it_out() -> None:
     steps = board.hear(next(_IDS), heard, snapshot)
     assert [step.ended for step in steps] == [True]
     before = _value(metrics, "listener_anomalies_total", kind="malformed_field")
-    metrics.recorded(Recorded(_noted(Entry(heard, snapshot)), tuple(steps), 0), 0.001, asked_at)
+    metrics.recorded(Recorded((noted(heard, snapshot),), tuple(steps), 0), 0.001, asked_at)
     assert _value(metrics, "listener_calls", state="Established") == 0
     assert _value(metrics, "listener_calls_ended_total", outcome="answered") == 1
     assert _value(metrics, "listener_anomalies_total", kind="malformed_field") == before + 1
@@ -212,7 +211,7 @@ def test_what_we_closed_ourselves_was_not_heard() -> None:
     closing = Closing((opened.call.id,), "not heard of")
     heard = Heard(1, "c", 1, at, "listener/closing", b"", Source.LISTENER, asked_at=at)
     steps = tuple(board.hear(next(_IDS), heard, closing))
-    metrics.recorded(Recorded(_noted(Entry(heard, closing)), steps, 0), 0.001, at)
+    metrics.recorded(Recorded((noted(heard, closing),), steps, 0), 0.001, at)
     assert _value(metrics, "listener_calls", state="Held") == 0
     assert _value(metrics, "listener_calls_ended_total", outcome="answered") == 1
     assert _value(metrics, "listener_anomalies_total", kind="ended_unheard") == 1
@@ -425,7 +424,7 @@ def _overheard(metrics: Metrics, *states: str) -> int:
     for turn, state in enumerate(states):
         at = NOON + timedelta(seconds=10 * turn)
         said = _said(state, call="dialled")
-        (step,) = board.hear(next(_IDS), _entry(said, at=at).heard, said)
+        (step,) = board.hear(next(_IDS), _heard(at=at), said)
         dial = dial or overheard(step.call)
         assert dial is not None
         after = advance(dial, CallHeard(step.call), at)

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import asyncpg
 import pytest
 
-from listener.core.calls import Cover, Entry, Heard, Missing, Recorded
-from listener.core.decode import decode
+from listener.core.calls import Cover, Heard, Missing, Recorded
 from listener.errors import StoreUnavailable
 from listener.pipeline import RETRY_S, RETRY_S_MAX, Pipeline, Spooling
 from listener.store.journal import AccountRow, Journal
@@ -78,11 +77,6 @@ async def turns(count: int = 20) -> None:
 def line(account: int, *, padding: int = 0) -> Said:
     """What one account says on a stream of its own."""
     return Said(account, str(uuid.uuid4()), padding=padding)
-
-
-def entries(heard: list[Heard]) -> list[Entry]:
-    """The messages as the pipeline hands them to a journal."""
-    return [Entry(each, decode(each.raw, each.channel)) for each in heard]
 
 
 # ── The exam of a journal ─────────────────────────────────────────────────────────────────────────────
@@ -194,10 +188,10 @@ async def test_a_journal_stores_each_place_once_and_equal_messages_twice(candida
     """A message that comes again is left out and counted; an equal one at another place is another fact."""
     said, other = line(1), line(2)
     heard, foreign = said.next(3), other.next(2)
-    first = await candidate.journal.record(entries([*heard, *foreign]))
-    again = await candidate.journal.record(entries([*heard[1:], *said.next(1)]))
+    first = await candidate.journal.record([*heard, *foreign])
+    again = await candidate.journal.record([*heard[1:], *said.next(1)])
     twin = Heard(1, str(uuid.uuid4()), 1, HEARD_AT, heard[0].channel, heard[0].raw)
-    third = await candidate.journal.record(entries([twin]))
+    third = await candidate.journal.record([twin])
     assert (len(first.entries), first.duplicates) == (5, 0)
     assert ([one.heard.position for one in again.entries], again.duplicates) == ([4], 2)
     assert (len(third.entries), third.duplicates) == (1, 0)
@@ -211,13 +205,13 @@ async def test_a_journal_that_is_away_stores_nothing_and_takes_the_same_later(ca
     await candidate.away()
     try:
         with pytest.raises(StoreUnavailable):
-            await candidate.journal.record(entries(heard))
+            await candidate.journal.record(heard)
         with pytest.raises(StoreUnavailable):
             await candidate.journal.cover([Cover(1, HEARD_AT)], {})
     finally:
         await candidate.back()
     assert await candidate.stored(1) == []
-    recorded = await candidate.journal.record(entries(heard))
+    recorded = await candidate.journal.record(heard)
     assert (len(recorded.entries), recorded.duplicates) == (3, 0)
     assert await candidate.stored(1) == places(heard)
 
@@ -462,7 +456,7 @@ async def test_a_commit_whose_answer_was_lost_is_not_stored_twice(
 
         lost = 0
 
-        async def record(self, batch: Sequence[Entry]) -> Recorded:
+        async def record(self, batch: Sequence[Heard]) -> Recorded:
             """Commits; then the connection is gone."""
             recorded = await real_journal.record(batch)
             if not self.lost:

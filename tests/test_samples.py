@@ -24,7 +24,6 @@ from listener.core.calls import (
     Aside,
     Call,
     Decoded,
-    Entry,
     Heard,
     Notification,
     Participant,
@@ -257,19 +256,17 @@ def test_each_sample_is_decoded(sample: Sample) -> None:
 # ── The fold ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def heard_of(samples: list[Sample], account: int = ACCOUNT) -> list[Entry]:
+def heard_of(samples: list[Sample], account: int = ACCOUNT) -> list[Heard]:
     """The samples as one session hears them, a second apart; snapshots as somebody asked for them."""
-    stream, entries = str(uuid4()), []
+    stream, heard = str(uuid4()), []
     for position, sample in enumerate(samples, start=1):
-        decoded = decode(sample.raw)
         at = AT + timedelta(seconds=position)
-        snapshot = isinstance(decoded, Snapshot)
+        snapshot = isinstance(decode(sample.raw), Snapshot)
         channel = "/api/v2/me/calls?fields=*" if snapshot else "/v2/me/calls"
         source = Source.SNAPSHOT if snapshot else Source.COMETD
         asked_at = at - timedelta(milliseconds=300) if snapshot else None
-        heard = Heard(account, stream, position, at, channel, sample.raw, source, asked_at)
-        entries.append(Entry(heard, decoded))
-    return entries
+        heard.append(Heard(account, stream, position, at, channel, sample.raw, source, asked_at))
+    return heard
 
 
 def assert_followed(step: Step, heard: Notification) -> None:
@@ -301,9 +298,10 @@ OF_THE_SAMPLE = {
 @every_sample
 def test_each_sample_opens_its_call(sample: Sample) -> None:
     """On an empty board, a sample is the first message of its call, which is then as the sample says."""
-    (entry,) = heard_of([sample])
-    steps = Board([]).hear(1, entry.heard, entry.decoded)
-    calls = called(entry.decoded)
+    (message,) = heard_of([sample])
+    decoded = decode(message.raw, message.channel)
+    steps = Board([]).hear(1, message, decoded)
+    calls = called(decoded)
     assert len(steps) == len(calls)
     for step, heard in zip(steps, calls, strict=True):
         assert step.began
@@ -321,11 +319,12 @@ def called(decoded: Decoded) -> tuple[Notification, ...]:
 def test_all_samples_can_be_heard_in_one_session() -> None:
     """One after the other, over and over: the fold takes them all, and each call has been heard of."""
     board, number, steps = Board([]), 1, []
-    for entry in heard_of(SAMPLES * 3):
-        steps += board.hear(number, entry.heard, entry.decoded)
-        number += ids_needed(entry.decoded)
+    for heard in heard_of(SAMPLES * 3):
+        decoded = decode(heard.raw, heard.channel)
+        steps += board.hear(number, heard, decoded)
+        number += ids_needed(decoded)
     known = {alias for step in steps for alias in step.call.aliases}
-    assert {heard.call_id for sample in SAMPLES for heard in called(decode(sample.raw))} <= known
+    assert {call.call_id for sample in SAMPLES for call in called(decode(sample.raw))} <= known
 
 
 # ── The journal ───────────────────────────────────────────────────────────────────────────────────────
@@ -334,14 +333,14 @@ def test_all_samples_can_be_heard_in_one_session() -> None:
 async def test_the_journal_keeps_every_sample(journal: Journal, sql: asyncpg.Connection) -> None:
     """Each message with its exact bytes, also what is no JSON, and each call as the fold left it; hearing
     them again adds nothing."""
-    entries = heard_of(SAMPLES)
-    recorded = await journal.record(entries)
+    heard = heard_of(SAMPLES)
+    recorded = await journal.record(heard)
     assert (len(recorded.entries), recorded.duplicates) == (len(SAMPLES), 0)
 
     rows = await sql.fetch("SELECT raw, reason, message_type FROM notification ORDER BY position")
     assert [row["raw"] for row in rows] == [sample.raw for sample in SAMPLES]
-    for row, entry in zip(rows, entries, strict=True):
-        unrecognised = isinstance(entry.decoded, Unrecognised)
+    for row, each in zip(rows, heard, strict=True):
+        unrecognised = isinstance(decode(each.raw, each.channel), Unrecognised)
         assert (row["reason"] is not None) is unrecognised
         assert unrecognised or row["message_type"]
 
@@ -358,6 +357,6 @@ async def test_the_journal_keeps_every_sample(journal: Journal, sql: asyncpg.Con
         for row in stored
     ] == [(c.id, c.call_id, c.state, c.user_data, c.capabilities) for _, c in sorted(last.items())]
 
-    again = await journal.record(entries)
+    again = await journal.record(heard)
     assert (again.entries, again.steps, again.duplicates) == ((), (), len(SAMPLES))
     assert await sql.fetchval("SELECT count(*) FROM notification") == len(SAMPLES)

@@ -345,13 +345,6 @@ class Step(Struct, frozen=True, gc=False):
     ended: bool = False
 
 
-class Entry(Struct, frozen=True, gc=False):
-    """A raw message and what the decoder made of it: what the journal writes."""
-
-    heard: Heard
-    decoded: Decoded
-
-
 class Noted(Struct, frozen=True, gc=False):
     """A message that was new to the journal, and what it was.
 
@@ -378,14 +371,14 @@ class Recorded(Struct, frozen=True, gc=False):
     """What one committed transaction did, for acknowledgements, metrics and observers."""
 
     entries: tuple[Noted, ...]
-    """Those that were new, in order."""
+    """The messages that were new; those of one account in order."""
     steps: tuple[Step, ...]
     duplicates: int
-    """Entries that had been committed before and were left out."""
+    """Messages that had been committed before and were left out."""
     ids: tuple[int, ...] = ()
-    """The id that each of the entries was given; those of one account rise."""
+    """The id that each of the messages was given; those of one account rise."""
     origins: tuple[int, ...] = ()
-    """For each step, which of the entries it follows from."""
+    """For each step, which of the messages it follows from."""
 
 
 class Cover(Struct, frozen=True, gc=False):

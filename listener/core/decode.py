@@ -21,10 +21,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, overload
+from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct, structs
@@ -34,8 +34,6 @@ from listener.core.calls import (
     Aside,
     Closing,
     Decoded,
-    Entry,
-    Heard,
     JsonObject,
     Notification,
     Participant,
@@ -230,36 +228,6 @@ def decode(raw: bytes, channel: str = "") -> Decoded:
         return Unrecognised(str(refusal)[:REASON_CHARS_MAX])
     except RecursionError:
         return Unrecognised("nested deeper than any message should be")
-
-
-class Undecoded(Sequence[Entry]):
-    """Raw messages as entries, each of which is decoded when it is taken out, and again each time.
-
-    Of a large batch decoded at once, most has left the processor's cache by the time that it is looked at.
-    """
-
-    __slots__ = ("heard",)
-
-    def __init__(self, heard: Sequence[Heard]) -> None:
-        self.heard = heard
-
-    def __len__(self) -> int:
-        return len(self.heard)
-
-    def __iter__(self) -> Iterator[Entry]:
-        return map(_entry, self.heard)
-
-    @overload
-    def __getitem__(self, place: int) -> Entry: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Entry]: ...
-    def __getitem__(self, place: int | slice) -> Entry | list[Entry]:
-        heard = self.heard[place]
-        return _entry(heard) if isinstance(heard, Heard) else [*map(_entry, heard)]
-
-
-def _entry(heard: Heard) -> Entry:
-    return Entry(heard, decode(heard.raw, heard.channel))
 
 
 def _interpret(body: _Body, channel: str, oddities: list[Anomaly]) -> Decoded:

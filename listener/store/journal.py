@@ -22,7 +22,7 @@ from typing import Self
 import asyncpg
 from msgspec import Struct
 
-from listener.core.calls import Call, Cover, Entry, Missing, Recorded
+from listener.core.calls import Call, Cover, Heard, Missing, Recorded
 from listener.core.session import Saved
 from listener.errors import StoreError
 from listener.store import batch, ledger, migrate
@@ -190,40 +190,37 @@ class Journal:
 
     # ── messages ──────────────────────────────────────────────────────────────────────────────────────
 
-    async def record(self, entries: Sequence[Entry]) -> Recorded:
-        """Commit the entries and all that follows from them, in one transaction; answers what was new.
+    async def record(self, heard: Sequence[Heard]) -> Recorded:
+        """Commit the messages and all that follows from them, in one transaction; answers what was new.
 
-        They may be decoded only when they are taken out (`listener.core.decode.Undecoded`), and are then
-        decoded once in most cases.
-
-        The entries of one stream must come in the order of their positions, here and from call to call.
+        The messages of one stream must come in the order of their positions, here and from call to call.
         When it raises, nothing of them is stored, or (after a lost connection) all of it: hand the same
-        entries in again. Raises StoreUnavailable when that may succeed, StoreError when it cannot.
+        messages in again. Raises StoreUnavailable when that may succeed, StoreError when it cannot.
 
-        Entries among which PostgreSQL refuses a value are the exception: they are committed piece by piece,
+        Messages among which PostgreSQL refuses a value are the exception: they are committed piece by piece,
         and when it raises, a beginning of them may be stored.
         """
-        if not entries:
+        if not heard:
             return Recorded((), (), 0)
         try:
-            written = await self._foreseen(entries) or await self._looked_up(entries)
+            written = await self._foreseen(heard) or await self._looked_up(heard)
         except RefusedValue:
-            return await self._around(entries)
+            return await self._around(heard)
         written.keep(self._kept)
         return written.recorded
 
-    async def _foreseen(self, entries: Sequence[Entry]) -> Written | None:
+    async def _foreseen(self, heard: Sequence[Heard]) -> Written | None:
         """As `record`, for a batch of which everything is known already; None where it is not."""
         if not self._kept.accounts:
             return None
-        if self._ids.left < len(entries):
+        if self._ids.left < len(heard):
             async with self._reserving, self._connection() as connection:
                 self._ids.add(await connection.fetchval(_RESERVE, IDS_AHEAD), IDS_AHEAD)
-        foreseen = batch.foresee(entries, self._kept, self._ids.take)
+        foreseen = batch.foresee(heard, self._kept, self._ids.take)
         if foreseen is None:
             return None
         try:
-            if len(entries) <= batch.AT_ONCE_MAX:
+            if len(heard) <= batch.AT_ONCE_MAX:
                 async with self._connection() as connection:
                     return await foreseen.write_at_once(connection)
             async with self.transaction() as connection:
@@ -231,23 +228,23 @@ class Journal:
         except Outdated:
             return None
 
-    async def _around(self, entries: Sequence[Entry]) -> Recorded:
+    async def _around(self, heard: Sequence[Heard]) -> Recorded:
         """As `record`, where a value is refused. Finding it takes many attempts; were all of a large batch
         refused, one transaction would not have the time, and the batch would be tried again for ever."""
         pieces = []
-        for start in range(0, len(entries), PIECE_MAX):
-            piece = entries[start : start + PIECE_MAX]
+        for start in range(0, len(heard), PIECE_MAX):
+            piece = heard[start : start + PIECE_MAX]
             async with self.transaction() as connection:
                 held = await _touch(connection, piece)
-                pieces.append(await batch.write_around(connection, piece, held))
+                pieces.append(await batch.write_around(connection, batch.read(piece), held))
         return batch.together(pieces)
 
-    async def _looked_up(self, entries: Sequence[Entry]) -> Written:
+    async def _looked_up(self, heard: Sequence[Heard]) -> Written:
         """As `record`, for any batch."""
-        entries = list(entries)  # decoded once
+        messages = batch.read(heard)
         async with self.transaction() as connection:
-            held = await _touch(connection, entries)
-            written = await batch.write(connection, entries, held, self._kept)
+            held = await _touch(connection, heard)
+            written = await batch.write(connection, messages, held, self._kept)
         self._ids.used(written.last_id)
         return written
 
@@ -405,10 +402,10 @@ async def _turn(connection: Connection, covers: Sequence[Cover]) -> None:
     await end.write(connection)
 
 
-async def _touch(connection: Connection, entries: Sequence[Entry]) -> dict[int, int]:
-    """As `_lock` for the accounts of the entries, and write each row: when it was last heard. Gives for each
+async def _touch(connection: Connection, messages: Sequence[Heard]) -> dict[int, int]:
+    """As `_lock` for the accounts of the messages, and write each row: when it was last heard. Gives for each
     account which transaction had written its row before."""
-    heard = batch.last_heard(entry.heard for entry in entries)
+    heard = batch.last_heard(messages)
     accounts = list(heard)
     rows = await connection.fetch(_TOUCH, accounts, list(heard.values()))
     if len(rows) != len(accounts):

@@ -34,8 +34,7 @@ from yarl import URL
 from listener.adapters import cometd
 from listener.adapters.cometd import Endpoint, Line, LongPolling, WebSocket, resumable
 from listener.adapters.genesys import GenesysClient
-from listener.core.calls import Entry, Heard
-from listener.core.decode import decode
+from listener.core.calls import Heard
 from listener.core.session import (
     CONNECT,
     DISCONNECT,
@@ -1371,8 +1370,7 @@ class Remembering(Store):
 
     async def hear(self, heard: Sequence[Heard], committed: Callable[[], None]) -> None:
         """Part of `Hearing`."""
-        entries = [Entry(one, decode(one.raw, one.channel)) for one in heard]
-        self.duplicates += (await self.journal.record(entries)).duplicates
+        self.duplicates += (await self.journal.record(heard)).duplicates
         await super().hear(heard, committed)
 
     async def left(self) -> Saved:

@@ -18,14 +18,12 @@ from listener.core.calls import (
     Aside,
     Closing,
     Decoded,
-    Entry,
-    Heard,
     Notification,
     Participant,
     Snapshot,
     Unrecognised,
 )
-from listener.core.decode import Undecoded, decode, encode_closing
+from listener.core.decode import decode, encode_closing
 from tests.core.messages import (
     ABSENT,
     ASIDES,
@@ -1247,22 +1245,6 @@ def test_what_is_not_read_may_hold_anything() -> None:
     strange = copy.deepcopy(usual)
     strange["data"] |= {"state": 5, "participants": "none", "statusCode": [], "data": "x"}
     assert decode(json.dumps(strange).encode()) == decode(json.dumps(usual).encode())
-
-
-def test_messages_are_decoded_as_they_are_taken_out() -> None:
-    """One by one, in a row or as a part: the same entries, in the same order."""
-    raws = [json.dumps(body).encode() for body in _WHOLE.values()] + [b"no message"]
-    heard = [
-        Heard(1, "s", place, datetime(2026, 3, 2, tzinfo=UTC), CHANNEL, raw) for place, raw in enumerate(raws)
-    ]
-    undecoded = Undecoded(heard)
-
-    entries = [Entry(one, decode(one.raw, one.channel)) for one in heard]
-
-    assert len(undecoded) == len(entries)
-    assert list(undecoded) == entries
-    assert undecoded[1:3] == entries[1:3]
-    assert [undecoded[place] for place in (0, -1)] == [entries[0], entries[-1]]
 
 
 def test_old_and_new_spelling_of_one_call() -> None:

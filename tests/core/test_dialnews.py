@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 
-from listener.core.calls import Call, Entry, Heard, Recorded, Step, noted
+from listener.core.calls import Call, Heard, Recorded, Step, noted
 from listener.core.decode import decode
 from listener.core.dialling import CallHeard, Cause, Dial, System, advance, overheard
 from listener.core.dialnews import TEXT_CHARS_MAX, Mark, Told, Trouble, retold, told, trouble
@@ -16,39 +16,39 @@ from tests.store.line import T0
 ERROR = b'{"error":{"errorCode":415,"errorMessage":"Invalid Destination DN"},"messageType":"EventError"}'
 
 
-def entry(raw: bytes, position: int = 1, channel: str = messages.CHANNEL) -> Entry:
+def heard(raw: bytes, position: int = 1, channel: str = messages.CHANNEL) -> Heard:
     """A message, a second after the one before."""
     at = T0 + timedelta(seconds=position)
-    return Entry(Heard(1, "s", position, at, channel, raw), decode(raw, channel))
+    return Heard(1, "s", position, at, channel, raw)
 
 
-def recorded(*entries: Entry) -> Recorded:
+def recorded(*messages: Heard) -> Recorded:
     """What the journal answers to these messages."""
     board, ids = Board(()), count(100, 10)
     steps: list[Step] = []
     origins: list[int] = []
     numbers = []
-    for place, each in enumerate(entries):
+    for place, each in enumerate(messages):
         numbers.append(next(ids))
-        made = board.hear(numbers[-1], each.heard, each.decoded)
+        made = board.hear(numbers[-1], each, decode(each.raw, each.channel))
         steps += made
         origins += [place] * len(made)
-    messages = tuple(noted(each.heard, each.decoded) for each in entries)
-    return Recorded(messages, tuple(steps), 0, tuple(numbers), tuple(origins))
+    new = tuple(noted(each, decode(each.raw, each.channel)) for each in messages)
+    return Recorded(new, tuple(steps), 0, tuple(numbers), tuple(origins))
 
 
 def course(*states: str) -> Recorded:
     """A call through these states."""
-    return recorded(*(entry(messages.message(state), place) for place, state in enumerate(states, 1)))
+    return recorded(*(heard(messages.message(state), place) for place, state in enumerate(states, 1)))
 
 
 def test_a_batch_tells_in_order() -> None:
     """Steps with their message and its time, errors between them, and how far the account has come."""
     batch = recorded(
-        entry(messages.message("Dialing")),
-        entry(ERROR, 2),
-        entry(b"no JSON", 3),
-        entry(messages.message("Released"), 4),
+        heard(messages.message("Dialing")),
+        heard(ERROR, 2),
+        heard(b"no JSON", 3),
+        heard(messages.message("Released"), 4),
     )
     items, marks = told(batch)
     assert [(type(item), item.notification, item.at) for item in items] == [
@@ -63,7 +63,7 @@ def test_a_batch_tells_in_order() -> None:
 def test_the_mark_is_beyond_the_calls_that_a_list_opens() -> None:
     """Each has an id of its own, after that of the message; all follow from it."""
     listed = [messages.resource("Dialing", id=id, connId=id) for id in ("a", "b")]
-    items, marks = told(recorded(entry(messages.snapshot(*listed))))
+    items, marks = told(recorded(heard(messages.snapshot(*listed))))
     calls = [item.call.id for item in items if isinstance(item, Told)]
     assert len(calls) == 2
     assert marks[1].notification == max(calls) > 100
@@ -136,10 +136,10 @@ def test_a_call_without_a_state_is_told_once() -> None:
 )
 def test_an_error_says_what_it_says(raw: bytes, kind: str, cause: Cause) -> None:
     """Its code and text where it has them, whatever else it is; never an exception."""
-    assert trouble(7, entry(raw).heard, kind).cause == cause
+    assert trouble(7, heard(raw), kind).cause == cause
 
 
 def test_a_long_error_is_cut() -> None:
     """The whole message is in the journal."""
     raw = b'{"error":{"errorMessage":"' + b"x" * 9_000 + b'"}}'
-    assert len(trouble(7, entry(raw).heard, "EventError").cause.text) == TEXT_CHARS_MAX
+    assert len(trouble(7, heard(raw), "EventError").cause.text) == TEXT_CHARS_MAX

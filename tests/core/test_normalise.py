@@ -528,6 +528,14 @@ def test_each_plain_field(field: str, attribute: str, before: Any, after: Any) -
     assert getattr(line.call, attribute) == after
 
 
+def test_the_number_of_the_phone() -> None:
+    """It stands at the call or beside it, and is there in every message."""
+    line = Listening()
+    line.hear(message(phoneNumber="5001"))
+    step = line.step(message(phoneNumber="5002"))
+    assert changes(step, "phone_number") == [("", "5001", "5002")]
+
+
 def test_the_supervisors_state() -> None:
     """It is an object on the wire and a word here."""
     line = Listening()

@@ -12,8 +12,8 @@ import asyncpg
 import pytest
 
 from listener.closing import Closer
-from listener.core.calls import Closing, Entry, Heard, Recorded, Source
-from listener.core.decode import decode, encode_closing
+from listener.core.calls import Closing, Heard, Recorded, Source
+from listener.core.decode import encode_closing
 from listener.core.normalise import NO_WRAP_UP_END
 from listener.errors import StoreUnavailable
 from listener.pipeline import Pipeline
@@ -62,14 +62,13 @@ async def look(journal: Journal, at: datetime = MUCH_LATER) -> None:
         await closer.look()
 
 
-def closes(account: int, *calls: int, at: datetime, source: Source = Source.LISTENER) -> Entry:
-    """A closing of these calls, as an entry: everything since `at` is newer."""
+def closes(account: int, *calls: int, at: datetime, source: Source = Source.LISTENER) -> Heard:
+    """A closing of these calls: everything since `at` is newer."""
     raw = encode_closing(Closing(calls, "not heard of"))
-    heard = Heard(account, str(uuid4()), 1, at, "listener/closing", raw, source, asked_at=at)
-    return Entry(heard, decode(raw))
+    return Heard(account, str(uuid4()), 1, at, "listener/closing", raw, source, asked_at=at)
 
 
-def wrapping_up(line: Line, wrap_up_time: Any, *, id: str) -> list[Entry]:
+def wrapping_up(line: Line, wrap_up_time: Any, *, id: str) -> list[Heard]:
     """A call of v2 that has ended and is due for a wrap-up."""
     ringing = messages.in_data(messages.resource(id=id, connId=id), extensions={"WrapUpTime": wrap_up_time})
     return [
@@ -281,9 +280,7 @@ async def test_only_we_close_calls(journal: Journal, sql: asyncpg.Connection) ->
 
     assert recorded.steps == ()
     assert await journal.open_calls() == [step.call]
-    said = await sql.fetchrow(
-        "SELECT message_type, reason FROM notification WHERE raw = $1", forged.heard.raw
-    )
+    said = await sql.fetchrow("SELECT message_type, reason FROM notification WHERE raw = $1", forged.raw)
     assert said is not None
     assert tuple(said) == ("CallsClosed", None)
 

@@ -300,7 +300,7 @@ async def test_what_lies_beyond_the_marks_is_told(journal: Journal, dials: Dials
     one, two = Line(1), Line(2)
     entries = [*one.call("Dialing", "Released", id="old"), *one.call("Ringing", id="in")]
     recorded = await journal.record(entries)
-    await dials.take([], {1: Mark(recorded.ids[-1], entries[-1].heard.received_at)})
+    await dials.take([], {1: Mark(recorded.ids[-1], entries[-1].received_at)})
     await journal.record([*one.call("Dialing", id="new"), *two.call("Dialing", "Established", id="first")])
     await journal.record(two.call("Dialing", id="known"))
     found = await dials.untold()

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import event
 
-from listener.core.calls import Cover, Direction, Entry, Source
+from listener.core.calls import Cover, Direction, Heard, Source
 from listener.errors import SchemaOutdated, StoreError
 from listener.store import history as module
 from listener.store.claim import Claim
@@ -209,8 +209,8 @@ async def test_a_timeline_tells_every_message_and_what_it_changed(journal: Journ
 
     (timeline,) = await history.call(messages.UUID)
 
-    assert [moment.raw for moment in timeline.moments] == [entry.heard.raw for entry in entries]
-    assert [moment.at for moment in timeline.moments] == [entry.heard.received_at for entry in entries]
+    assert [moment.raw for moment in timeline.moments] == [entry.raw for entry in entries]
+    assert [moment.at for moment in timeline.moments] == [entry.received_at for entry in entries]
     first, second, third = timeline.moments
     assert first.server_at == datetime.fromisoformat("2026-03-02T09:00:00.123Z")
     assert (first.message_type, first.notification_type) == ("CallStateChangeMessage", "StatusChange")
@@ -679,7 +679,7 @@ MANY = 4000
 async def crowded(journal: Journal, sql: asyncpg.Connection) -> None:
     """Some thousand calls of two hundred accounts, half an hour apart, with statistics."""
     await journal.register([AccountRow(f"a{n}", f"t{n % 20}", "lab") for n in range(198)])
-    entries: list[Entry] = []
+    entries: list[Heard] = []
     for n in range(MANY):
         line = Line(1 + n % 200, began=T0 + n * HOUR / 2)
         number = f"+1916{5550000 + n}"

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import asyncpg
 import pytest
 
-from listener.core.calls import Anomaly, Entry, Heard, Notification, Recorded, Unrecognised
-from listener.core.decode import NAME_BYTES_MAX, PARTICIPANTS_MAX, USER_DATA_KEYS_MAX
+from listener.core.calls import Anomaly, Heard, Notification, Recorded, Unrecognised
+from listener.core.decode import NAME_BYTES_MAX, PARTICIPANTS_MAX, USER_DATA_KEYS_MAX, decode
 from listener.errors import StoreError, StoreUnavailable
 from listener.metrics import Metrics
 from listener.pipeline import Pipeline
@@ -90,7 +90,7 @@ UNREADABLE: dict[str, Callable[[], bytes]] = {
 POISON = VISIBLE | PLAIN | UNREADABLE
 
 
-def ordinary(line: Line, name: str) -> list[Entry]:
+def ordinary(line: Line, name: str) -> list[Heard]:
     """A hundred messages of twenty calls."""
     return [entry for number in range(20) for entry in line.call(*LIFE, id=f"{name} {number}")]
 
@@ -125,7 +125,7 @@ async def test_poison_is_stored_and_the_batch_with_it(
     assert time.perf_counter() - began < POISON_S_MAX
     metrics.recorded(recorded, 0.1, T0)
 
-    assert [each.heard for each in recorded.entries] == [each.heard for each in entries]
+    assert [each.heard for each in recorded.entries] == entries
     positions = await sql.fetch("SELECT position FROM notification ORDER BY id")
     assert [row[0] for row in positions] == list(range(1, 202))
     assert await sql.fetchval("SELECT raw = $1 FROM notification WHERE position = 101", raw)
@@ -184,7 +184,7 @@ async def with_an_index(sql: asyncpg.Connection) -> None:
     await sql.execute("CREATE INDEX ON call (mute)")
 
 
-def refused(line: Line, number: int) -> Entry:
+def refused(line: Line, number: int) -> Heard:
     """A message with such a value."""
     return line.hear(messages.message("Ringing", id=f"refused {number}", mute=noise(9_000, number)))
 
@@ -235,7 +235,7 @@ async def test_a_batch_of_nothing_but_poison_ends(journal: Journal, sql: asyncpg
 
     recorded = await journal.record(entries)
 
-    assert [each.heard for each in recorded.entries] == [each.heard for each in entries]
+    assert [each.heard for each in recorded.entries] == entries
     assert len(await reasons(sql)) == len(entries)
     assert (await journal.record(entries)).duplicates == len(entries)
     positions = await sql.fetch("SELECT position FROM notification ORDER BY id")
@@ -305,18 +305,19 @@ async def test_poison_goes_through_the_pipeline(journal: Journal, sql: asyncpg.C
     """All of it, one after the other, among ordinary messages: everything is acknowledged, in order."""
     await with_an_index(sql)
     line, eyes = Line(), Eyes()
-    entries: list[Entry] = []
+    entries: list[Heard] = []
     for place, make in enumerate(POISON.values()):
         entries += ordinary(line, f"a{place}")
         entries.append(line.hear(make()))
     entries += [refused(line, 1), *ordinary(line, "last")]
 
-    await through_the_pipeline(journal, eyes, [entry.heard for entry in entries])
+    await through_the_pipeline(journal, eyes, entries)
 
     assert eyes.failures == []
     assert await sql.fetchval("SELECT count(*) FROM notification") == len(entries)
     await assert_as_ever(sql, *(f"a{place}" for place in range(len(POISON))), "last")
     assert len(await reasons(sql)) == len(UNREADABLE) + 1
     assert f"listener_unrecognised_total {len(UNREADABLE) + 1}.0" in eyes.metrics.text()
-    assert isinstance(entries[100].decoded, Notification)
-    assert Anomaly("poisoned", "control characters inside a text") in entries[100].decoded.oddities
+    odd = decode(entries[100].raw, entries[100].channel)
+    assert isinstance(odd, Notification)
+    assert Anomaly("poisoned", "control characters inside a text") in odd.oddities

@@ -7,7 +7,7 @@ import asyncpg
 import msgspec
 import pytest
 
-from listener.core.calls import Cover, Entry
+from listener.core.calls import Cover, Heard
 from listener.core.session import Cookie, Kept, Saved
 from listener.errors import StoreError
 from listener.store.journal import Journal
@@ -36,12 +36,11 @@ def saved(**fields: object) -> Saved:
     return Saved(msgspec.structs.replace(KEPT, **fields), T0)
 
 
-def heard(line: Line, *batches: tuple[int, int] | None) -> list[Entry]:
+def heard(line: Line, *batches: tuple[int, int] | None) -> list[Heard]:
     """As many messages, each with the batch that it leaves whole."""
     entries = [line.hear(b"{}") for _ in batches]
     return [
-        msgspec.structs.replace(entry, heard=msgspec.structs.replace(entry.heard, batch=batch))
-        for entry, batch in zip(entries, batches, strict=True)
+        msgspec.structs.replace(entry, batch=batch) for entry, batch in zip(entries, batches, strict=True)
     ]
 
 

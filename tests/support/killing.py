@@ -77,8 +77,8 @@ def _delivered(facts: Any) -> bool:
     return any(isinstance(fact, Delivered) and fact.messages for fact in facts)
 
 
-def _heard(entries: Any) -> bool:
-    return any(entry.heard.source is Source.COMETD for entry in entries)
+def _heard(messages: Any) -> bool:
+    return any(each.source is Source.COMETD for each in messages)
 
 
 def _records(given: tuple[Any, ...]) -> bool:
@@ -128,7 +128,7 @@ POINTS = (
     ),
     Point("spooled", f"{_SPOOL}.append", Moment.AFTER, passing=1, burst=True, spools=True),
     Point("read from the spool", f"{_SPOOL}.read", Moment.AFTER, passing=1, burst=True, spools=True),
-    Point("decoded", "listener.core.decode:_entry", Moment.AFTER),
+    Point("decoded", "listener.store.batch:read", Moment.AFTER),
     Point("batch handed over", f"{_JOURNAL}.record", Moment.BEFORE, lambda given, _: _heard(given[1])),
     # The first batch of a stream, and whatever is not as it was expected.
     Point("transaction begun", "BEGIN", Moment.AFTER),

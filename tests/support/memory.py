@@ -9,7 +9,8 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from listener.core.calls import Cover, Entry, Heard, Missing, Recorded, noted
+from listener.core.calls import Cover, Heard, Missing, Recorded, noted
+from listener.core.decode import decode
 from listener.core.session import Saved
 from listener.errors import StoreUnavailable
 
@@ -58,13 +59,13 @@ class Said:
 
 
 class MemoryJournal:
-    """Stores entries and coverage in lists; each entry of a stream once, by its position."""
+    """Stores messages and coverage in lists; each message of a stream once, by its position."""
 
     def __init__(self) -> None:
         self.available = True
         self.attempts = 0
         """Calls of `record`."""
-        self.batches: list[list[Entry]] = []
+        self.batches: list[list[Heard]] = []
         """What was committed, transaction by transaction."""
         self.covers: list[Cover] = []
         self.sessions: dict[int, Saved] = {}
@@ -77,7 +78,7 @@ class MemoryJournal:
 
     def stored(self, account: int) -> list[Heard]:
         """What is stored of an account, in order."""
-        return [entry.heard for batch in self.batches for entry in batch if entry.heard.account == account]
+        return [each for batch in self.batches for each in batch if each.account == account]
 
     def hold(self, *accounts: int) -> None:
         """Lets transactions with these accounts wait before their commit, until `release`."""
@@ -89,21 +90,21 @@ class MemoryJournal:
         self._released.set()
         self._released = asyncio.Event()
 
-    async def record(self, entries: Sequence[Entry]) -> Recorded:
-        """Commits the entries that are new, all or none; StoreUnavailable while it is away."""
+    async def record(self, heard: Sequence[Heard]) -> Recorded:
+        """Commits the messages that are new, all or none; StoreUnavailable while it is away."""
         self.attempts += 1
-        while self._held & {entry.heard.account for entry in entries}:
+        while self._held & {each.account for each in heard}:
             await self._released.wait()
         await self._answer()
         fresh = []
-        for entry in entries:
-            if entry.heard.position > self._positions.get(entry.heard.stream, 0):
-                self._positions[entry.heard.stream] = entry.heard.position
-                fresh.append(entry)
+        for each in heard:
+            if each.position > self._positions.get(each.stream, 0):
+                self._positions[each.stream] = each.position
+                fresh.append(each)
         if fresh:
             self.batches.append(fresh)
-        new = tuple(noted(each.heard, each.decoded) for each in fresh)
-        return Recorded(new, (), len(entries) - len(fresh))
+        new = tuple(noted(each, decode(each.raw, each.channel)) for each in fresh)
+        return Recorded(new, (), len(heard) - len(fresh))
 
     async def cover(self, covers: Sequence[Cover], sessions: Mapping[int, Saved | None]) -> None:
         """Writes turns of coverage down, and what sessions are resumed with."""
