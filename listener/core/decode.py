@@ -96,14 +96,18 @@ _END_OF_KEY = re.compile(rb'"[ \t\r\n]*:')
 
 
 class _Party(Struct, gc=False):
-    """A participant as an object: `participants` since October 2015, `participantsInfo` before, and v3's."""
+    """A participant as an object: `participants` since October 2015, `participantsInfo` before, and v3's.
 
-    phoneNumber: str | None = None  # noqa: N815 - Genesys' spelling, here and below
-    number: str | None = None
-    digits: str | None = None
-    e164Number: str | None = None  # noqa: N815
-    E164digits: str | None = None
+    Here and below the fields stand in the order in which they are sent: the parser looks for the next name
+    where it found the last one, which saves a tenth of the parsing.
+    """
+
+    e164Number: str | None = None  # noqa: N815 - Genesys' spelling, here and below
     formattedPhoneNumber: str | None = None  # noqa: N815
+    phoneNumber: str | None = None  # noqa: N815
+    digits: str | None = None
+    E164digits: str | None = None
+    number: str | None = None
     role: str | None = None
 
 
@@ -124,7 +128,37 @@ class _Closing(Struct):
     reason: str
 
 
-class _Body(Struct, gc=False):
+class _Call(Struct, gc=False):
+    """Every field of a call resource that we read."""
+
+    id: str | int | None = None
+    state: str | None = None
+    callUuid: str | None = None  # noqa: N815
+    connId: str | None = None  # noqa: N815
+    deviceUri: str | None = None  # noqa: N815
+    participants: list[_Party | str] | None = None
+    participantsInfo: list[_Party] | None = None  # noqa: N815
+    dnis: str | None = None
+    callType: str | None = None  # noqa: N815
+    capabilities: frozenset[str] | None = None
+    userData: Raw = _NO_RAW  # noqa: N815
+    duration: str | int | float | None = None
+    mute: str | None = None
+    recordingState: str | None = None  # noqa: N815
+    supervisorListeningIn: bool | None = None  # noqa: N815
+    monitoredUserMuted: bool | None = None  # noqa: N815
+    monitoring: bool | None = None
+    supervisorMonitoringState: _MonitoringState | None = None  # noqa: N815
+    ani: str | None = None
+    phoneNumber: str | None = None  # noqa: N815
+    devicePath: str | None = None  # noqa: N815
+    previousConnId: str | None = None  # noqa: N815
+    parentConnId: str | None = None  # noqa: N815
+    parentCallPath: str | None = None  # noqa: N815
+    parentCallUri: str | None = None  # noqa: N815
+
+
+class _Body(_Call, gc=False):
     """Every field that we read, at whichever of the levels (message, data, call) it stands."""
 
     channel: str | None = None
@@ -138,43 +172,18 @@ class _Body(Struct, gc=False):
     devices: Raw = _NO_RAW
     statusCode: Any = None  # noqa: N815
     statusMessage: Any = None  # noqa: N815
-    phoneNumber: str | None = None  # noqa: N815
     extensions: Any = None
     metrics: _Metrics | None = None
-    id: str | int | None = None
-    state: str | None = None
-    callUuid: str | None = None  # noqa: N815
-    connId: str | None = None  # noqa: N815
-    previousConnId: str | None = None  # noqa: N815
-    parentConnId: str | None = None  # noqa: N815
-    parentCallPath: str | None = None  # noqa: N815
-    parentCallUri: str | None = None  # noqa: N815
-    deviceUri: str | None = None  # noqa: N815
-    devicePath: str | None = None  # noqa: N815
-    callType: str | None = None  # noqa: N815
-    ani: str | None = None
-    dnis: str | None = None
-    participants: list[_Party | str] | None = None
-    participantsInfo: list[_Party] | None = None  # noqa: N815
-    capabilities: frozenset[str] | None = None
-    userData: Raw = _NO_RAW  # noqa: N815
-    duration: str | int | float | None = None
-    mute: str | None = None
-    recordingState: str | None = None  # noqa: N815
-    supervisorListeningIn: bool | None = None  # noqa: N815
-    monitoredUserMuted: bool | None = None  # noqa: N815
-    monitoring: bool | None = None
-    supervisorMonitoringState: _MonitoringState | None = None  # noqa: N815
 
 
 class _Data(Struct, gc=False):
     """What stands beside `call` in the `data` of a Bayeux message."""
 
-    call: _Body | None = None
-    messageType: str | None = None  # noqa: N815
     notificationType: str | None = None  # noqa: N815
+    call: _Call | None = None
     phoneNumber: str | None = None  # noqa: N815
     extensions: Any = None
+    messageType: str | None = None  # noqa: N815
     metrics: _Metrics | None = None
 
 
@@ -182,8 +191,8 @@ class _Envelope(Struct, gc=False):
     """A Bayeux message in the usual shape: nearly all are, and a `_Body` at each level would take a quarter
     longer to read."""
 
-    channel: str | None = None
     data: _Data | None = None
+    channel: str | None = None
 
 
 _USUAL = msgspec.json.Decoder(_Envelope)
@@ -290,7 +299,7 @@ def _snapshot(calls: list[_Body], status: Any, channel: str, oddities: list[Anom
 
 
 def _notification(
-    call: _Body, around: _Body | _Data, channel: str, oddities: list[Anomaly], *, resource: bool = False
+    call: _Call, around: _Body | _Data, channel: str, oddities: list[Anomaly], *, resource: bool = False
 ) -> Notification | Unrecognised:
     """Reads one call resource; `around` is the object that held it (`data`)."""
     call_id = call.id or call.callUuid or call.connId
