@@ -9,6 +9,7 @@ The write side talks to PostgreSQL in its own form of moments and JSON (`speak_p
 StoreUnavailable; a missing table becomes SchemaOutdated; what no retry mends becomes StoreError.
 """
 
+import socket
 import ssl
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -27,6 +28,10 @@ Connection = asyncpg.Connection | PoolConnectionProxy
 
 CONNECT_S_MAX = 10
 """A database that does not accept a connection within this is unavailable."""
+
+SEND_BUFFER_BYTES = 2**19
+"""What a local connection of the write side takes before PostgreSQL has read it: asyncpg sends COPY in pieces
+of this size. Linux gives 208 KiB unless asked, and no more than twice net.core.wmem_max."""
 
 PASSING = (
     "08",  # connection exceptions
@@ -64,6 +69,20 @@ async def speak_plainly(connection: asyncpg.Connection) -> None:
     """
     await connection.set_builtin_type_codec("timestamptz", schema="pg_catalog", codec_name="int8")
     await connection.set_builtin_type_codec("json", schema="pg_catalog", codec_name="bytea")
+
+
+def take_whole_pieces(connection: asyncpg.Connection) -> None:
+    """Lets a local connection take a whole piece of COPY at once.
+
+    What does not fit waits until the event loop has time for it, and PostgreSQL waits with it, since what is
+    to follow is being folded meanwhile (measured: 6 to 10 % of the time of batches of 2,000). The buffers of
+    TCP grow by themselves (tcp(7), tcp_wmem).
+    """
+    # asyncpg has no public way to the socket. Should it move, a test says so, and batches are slower.
+    transport = getattr(connection, "_transport", None)
+    plug = transport.get_extra_info("socket") if transport is not None else None
+    if plug is not None and plug.family == socket.AF_UNIX:
+        plug.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)

@@ -28,7 +28,15 @@ from listener.errors import StoreError
 from listener.store import batch, ledger, migrate
 from listener.store import sessions as bayeux
 from listener.store.batch import Outdated, Recollection, RefusedValue, Written
-from listener.store.connect import CONNECT_S_MAX, Connection, classified, microseconds, moment, speak_plainly
+from listener.store.connect import (
+    CONNECT_S_MAX,
+    Connection,
+    classified,
+    microseconds,
+    moment,
+    speak_plainly,
+    take_whole_pieces,
+)
 from listener.store.ledger import Ledger
 
 WRITER = "listener_writer"
@@ -115,7 +123,7 @@ class Journal:
             min_size=connections,
             max_size=connections,
             timeout=CONNECT_S_MAX,
-            init=speak_plainly,
+            init=_made_ready,
             reset=_nothing_to_reset,
             max_inactive_connection_lifetime=0,
             server_settings={
@@ -381,6 +389,12 @@ class Journal:
                 await connection.execute("ROLLBACK")
                 raise
             await connection.execute("COMMIT")
+
+
+async def _made_ready(connection: asyncpg.Connection) -> None:
+    """A new connection of the pool, for batches."""
+    await speak_plainly(connection)
+    take_whole_pieces(connection)
 
 
 async def _nothing_to_reset(connection: Connection) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import random
 import re
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -652,6 +653,22 @@ async def test_a_batch_that_comes_again_is_known_by_its_new_number(
     assert await kept() == (4, None, None)
     await journal.record([numbered(3, (3, 4))])
     assert await kept() == (4, 3, 4)
+
+
+def send_buffer_bytes(connection: Any) -> int:
+    """How much a connection takes before PostgreSQL has read it."""
+    plug = connection._transport.get_extra_info("socket")
+    return int(plug.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
+
+
+async def test_a_local_connection_takes_a_whole_piece_of_copy(journal: Journal, database: str) -> None:
+    """Else PostgreSQL waits for the rest of it until the next messages are folded: the system gives less."""
+    plain = await asyncpg.connect(database)
+    try:
+        async with journal._pool.acquire() as ours:
+            assert send_buffer_bytes(ours) > send_buffer_bytes(plain)
+    finally:
+        await plain.close()
 
 
 async def test_what_is_known_is_written_in_one_round_trip(database: str, sql: asyncpg.Connection) -> None:
