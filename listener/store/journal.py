@@ -14,7 +14,7 @@ another in a circle, and the ids of one account's notifications rise in the orde
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from types import MappingProxyType
 from typing import Self
@@ -365,8 +365,10 @@ class Journal:
                 except (RefusedValue, Outdated):
                     raise
                 except BaseException:
-                    # Its state is unknown, and finding out might take for ever. The server rolls back.
-                    connection.terminate()
+                    # Its state is unknown, and finding out might take for ever. The server rolls back. One
+                    # that the server has ended is the pool's again by now, and what it said is to be told.
+                    with suppress(asyncpg.InterfaceError):
+                        connection.terminate()
                     raise
         except (RefusedValue, Outdated):
             raise

@@ -867,6 +867,23 @@ async def test_a_killed_connection_is_unavailable_and_the_next_batch_goes_throug
     assert await sql.fetchval("SELECT notifications FROM call") == 2
 
 
+async def test_the_servers_own_words_are_told_when_it_ends_a_connection(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """In the middle of a transaction: not what the driver says when the dead connection is closed."""
+
+    async def end(process: int) -> None:
+        asleep = "SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = $1"
+        while not await sql.fetchval(asleep, process):
+            pass
+        await sql.execute("SELECT pg_terminate_backend($1)", process)
+
+    with pytest.raises(StoreUnavailable, match="administrator command"):
+        async with journal.transaction() as connection:
+            process = await connection.fetchval("SELECT pg_backend_pid()")
+            await asyncio.gather(connection.execute("SELECT pg_sleep(60)"), end(process))
+
+
 async def test_a_lock_that_somebody_holds_is_waited_for(journal: Journal, sql: asyncpg.Connection) -> None:
     """A batch of another account goes on meanwhile."""
     await sql.execute("BEGIN")
