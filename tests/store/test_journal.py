@@ -878,10 +878,13 @@ async def test_the_servers_own_words_are_told_when_it_ends_a_connection(
             pass
         await sql.execute("SELECT pg_terminate_backend($1)", process)
 
-    with pytest.raises(StoreUnavailable, match="administrator command"):
+    async def sleep_until_ended() -> None:
         async with journal.transaction() as connection:
             process = await connection.fetchval("SELECT pg_backend_pid()")
             await asyncio.gather(connection.execute("SELECT pg_sleep(60)"), end(process))
+
+    with pytest.raises(StoreUnavailable, match="administrator command"):
+        await sleep_until_ended()
 
 
 async def test_a_lock_that_somebody_holds_is_waited_for(journal: Journal, sql: asyncpg.Connection) -> None:
