@@ -19,8 +19,9 @@ from pathlib import Path
 import psutil
 
 from benchmarks.centre import Centre, centre
-from listener import settings
+from listener.configuration import load
 from listener.daemon import Daemon, log_to_stderr
+from listener.settings import Settings
 
 SESSIONS = 1000
 IDLE_S = 20.0
@@ -28,7 +29,7 @@ OUTAGE_S = 8.0
 UP_S_MAX = 120.0
 
 
-def _settings(directory: Path, site: Centre | None, logins: list[str]) -> settings.Settings:
+def _settings(directory: Path, site: Centre | None, logins: list[str]) -> Settings:
     lines = [
         f'[store]\ndata_dir = "{directory / "store"}"',
         '[log]\nlevel = "error"',
@@ -40,7 +41,7 @@ def _settings(directory: Path, site: Centre | None, logins: list[str]) -> settin
     ]
     path = directory / "listener.toml"
     path.write_text("\n".join(lines) + "\n")
-    return settings.load(path)
+    return load(path)
 
 
 async def main() -> None:

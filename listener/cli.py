@@ -284,7 +284,7 @@ def _settings(options: argparse.Namespace) -> "Settings":
 
 def _found_settings(options: argparse.Namespace, *, listens: bool = False) -> tuple[Path | None, "Settings"]:
     """The settings and the file they are from; None where there is no file. `listens`: with accounts."""
-    from listener.settings import DEMO_CONFIG, find, load
+    from listener.configuration import DEMO_CONFIG, find, load
 
     path = find(options.config, os.environ)
     if path == DEMO_CONFIG and options.config is None:

@@ -32,9 +32,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from listener.configuration import DEMO_CONFIG
 from listener.core.calls import Call
 from listener.errors import ListenerError, RemoteUnavailable, SettingsError
-from listener.settings import DEMO_CONFIG
 from listener.store import migrate
 from listener.store.embedded import Embedded
 from listener.store.history import PAGE_MAX, Found, History, Kept

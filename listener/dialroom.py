@@ -265,7 +265,7 @@ def deadlines_of(limits: Limits) -> Deadlines:
 
 
 def _context(pbx: NoojeePbx | Click2DialPbx) -> ssl.SSLContext | None:
-    """The TLS context of a PBX; `load` has read its certificates."""
+    """The TLS context of a PBX; `configuration.load` has read its certificates."""
     if not pbx.base_url.startswith("https"):
         return None
     context = ssl.create_default_context(cafile=None if pbx.ca_file is None else str(pbx.ca_file))

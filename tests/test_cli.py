@@ -53,7 +53,7 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("LISTENER_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr("listener.settings.CONFIG_FILES", (Path("listener.toml"),))
+    monkeypatch.setattr("listener.configuration.CONFIG_FILES", (Path("listener.toml"),))
 
 
 def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -16,16 +16,15 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from listener import settings
+from listener import configuration, settings
 from listener.core.calls import GAP_CAUSES
 from listener.core.normalise import diagram
 from listener.metrics import Metrics
-from listener.settings import load
 
 ROOT = Path(__file__).parents[1]
 PROMISES = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLE = ROOT / settings.EXAMPLE
+EXAMPLE = ROOT / configuration.EXAMPLE
 
 TESTED_ELSEWHERE = {
     "errors": "a tree of names without behaviour",
@@ -203,7 +202,7 @@ def test_the_example_has_every_setting() -> None:
 
 def test_the_example_is_accepted() -> None:
     """The example can be copied and run as it is, once its password is there."""
-    loaded = load(EXAMPLE, environ={"AGENT5001_PASSWORD": "x"})
+    loaded = configuration.load(EXAMPLE, environ={"AGENT5001_PASSWORD": "x"})
     assert [account.login for account in loaded.accounts] == ["agent5001"]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from listener.settings import load
+from listener.configuration import load
 from listener.simulator.centre import Simulator
 from listener.simulator.scripts import Dialect, Quirks
 from listener.simulator.settings import SimulatorSettings

@@ -63,7 +63,7 @@ def settings_for(
 
 
 def account(login: str, password: str = "simulated", **fields: Any) -> Account:
-    """An account of the simulator, as `load` gives it."""
+    """An account of the simulator, as `configuration.load` gives it."""
     return Account(environment="lab", login=login, name=login, password=SecretStr(password), **fields)
 
 
