@@ -46,7 +46,7 @@ async def listen(runner: web.AppRunner, section: str, host: str, port: int) -> i
         await runner.cleanup()
         raise SettingsError(
             f"{section}.host {host}, {section}.port {port}: cannot listen there ({error.strerror}); "
-            "free it, or set another port"
+            "stop what listens there, such as another listener with these settings, or set another port"
         ) from None
     bound: int = runner.addresses[0][1]
     return bound

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from listener import __version__, cli
 from listener.cli import decoded_lines, dialable, main, parser, split_messages
+from listener.configuration import DEMO_CONFIG
 from listener.core.calls import Cover, Heard
 from listener.core.moments import moment
 from listener.errors import (
@@ -319,6 +320,22 @@ def test_check_config_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, said = _run(capsys, "check-config")
     assert (code, out) == (cli.USAGE, "")
     assert "no listener.toml" in said
+
+
+def test_the_demos_settings_are_for_questions_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run` does not fall back on them: their contact centre has ended, and the gaps would be the demo's."""
+    monkeypatch.setattr("listener.configuration.CONFIG_FILES", (Path("listener.toml"), DEMO_CONFIG))
+    (tmp_path / ".demo").mkdir()
+    (tmp_path / ".demo" / "listener.toml").write_text(
+        "[environments.a]\nbase_url = 'http://a'\n"
+        "[[accounts]]\nenvironment = 'a'\nlogin = 'x'\npassword = 'p'\n"
+    )
+    code, out, said = _run(capsys, "run")
+    assert (code, out) == (cli.USAGE, "")
+    assert "`run` does not take .demo/listener.toml" in said
+    assert _run(capsys, "check-config")[0] == 0
 
 
 def test_check_config_without_an_account(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,11 +93,12 @@ def test_a_value_beyond_all_buckets() -> None:
 
 
 def test_the_pulse_is_of_the_window() -> None:
-    """Notifications per second are those between the first and last scrape."""
+    """Notifications per second are those between the first and last scrape; lists of calls are none."""
     first = scrape('listener_notifications_total{type="StatusChange"} 100.0\n')
     last = scrape(
         'listener_notifications_total{type="StatusChange"} 150.0\n'
         'listener_notifications_total{type="aside"} 10.0\n'
+        'listener_notifications_total{type="snapshot"} 4.0\n'
         'listener_sessions{state="up"} 3.0\nlistener_sessions{state="waiting"} 1.0\nlistener_accounts 4.0\n'
     )
     now = pulse([(10.0, first), (12.0, last)])

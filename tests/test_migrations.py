@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 
 from listener.errors import SchemaOutdated, StoreError, StoreUnavailable
 from listener.store import migrate, schema
+from listener.store.claim import Claim
 from listener.store.connect import engine
 from listener.store.embedded import Embedded
 from listener.store.journal import AccountRow, Journal
@@ -152,6 +153,24 @@ async def test_a_failed_upgrade_leaves_nothing_behind(empty_database: str) -> No
         await migrate.upgrade(empty_database)
     assert await left_over(empty_database) == ["report_coverage"]
     await connection.close()
+
+
+async def test_no_table_is_changed_under_a_listener(database: str, empty_database: str) -> None:
+    """An upgrade or downgrade does not wait for it to end: it names the listener, and the cure. Where nothing
+    is to be done, nobody minds it: a second listener comes as far as the claim, which refuses it."""
+    for dsn in (database, empty_database):
+        listening = await Claim.take(dsn)
+        try:
+            if dsn == database:
+                await migrate.upgrade(dsn)
+                work = migrate.downgrade(dsn, "base")
+            else:
+                work = migrate.upgrade(dsn)
+            with pytest.raises(StoreError, match=r"listener run \(pid .*stop it first"):
+                await work
+        finally:
+            await listening.release()
+    await migrate.check(database)
 
 
 async def test_a_user_who_may_not_create_roles_is_told_the_cure(postgres: Embedded, template: str) -> None:

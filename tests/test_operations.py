@@ -116,7 +116,7 @@ async def test_a_taken_port_is_a_settings_error() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(SettingsError, match=f"operations.port {port}.*another port"):
+        with pytest.raises(SettingsError, match=f"operations.port {port}.*another listener.*another port"):
             async with Operations(metrics=Metrics().handler(), not_ready=list, port=port):
                 pass
 

@@ -371,14 +371,14 @@ class Recorded(Struct, frozen=True, gc=False):
     """What one committed transaction did, for acknowledgements, metrics and observers."""
 
     entries: tuple[Noted, ...]
-    """The messages that were new; those of one account in order."""
+    """The messages that were new: those of one account in order, the accounts in any, or mixed."""
     steps: tuple[Step, ...]
     duplicates: int
     """Messages that had been committed before and were left out."""
     ids: tuple[int, ...] = ()
     """The id that each of the messages was given; those of one account rise."""
     origins: tuple[int, ...] = ()
-    """For each step, which of the messages it follows from."""
+    """For each step, which of the messages it follows from; they never fall."""
 
 
 class Cover(Struct, frozen=True, gc=False):

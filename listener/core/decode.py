@@ -11,7 +11,8 @@ known whether its keys repeat) takes every well-formed message; it was chosen ov
 because decoding is the largest cost per message on our side (measured: 6.6 us against 1.3 to 2.4 us).
 What it refuses (invalid UTF-8, lone surrogates, NaN, a text where an object belongs, …), and what it would
 take but no database holds or should (NUL, numbers beyond 64 bits, thousands of capabilities), goes through
-the patient one, which replaces that and says so. What both can read they read alike; tests hold them to it.
+the patient one, which replaces that and says so. What is kept of a message they read alike, and tests hold
+them to it; what is odd about a field that is not looked for where it stands, the patient one alone says.
 
 The field names and their traps are from Genesys' documentation of the call resource (GWS 8.5.2) and one
 field capture.

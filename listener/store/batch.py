@@ -321,9 +321,6 @@ async def write(
             {row["id"]: row["position"] for row in marks if row["id"] is not None},
         )
         fresh = [each for each in messages if work.takes(each[0])]
-        if work.again:
-            batches = [(stream, *batch) for stream, batch in work.again.items()]
-            await connection.execute(rows.BATCHES_AGAIN, *rows.columns(batches, 3))
         if fresh:
             await work.load(connection, fresh)
             needed = [normalise.ids_needed(decoded) for _, decoded in fresh]
@@ -332,6 +329,9 @@ async def write(
             work.last_id = beyond - 1
             await work.add(connection)
             await connection.execute(rows.WRITE, *work.arguments())
+        if work.again:  # perhaps of what has just been written for the first time
+            batches = [(stream, *batch) for stream, batch in work.again.items()]
+            await connection.execute(rows.BATCHES_AGAIN, *rows.columns(batches, 3))
     return Written(work, work.recorded(len(messages)), marks[0]["xid"] & _XID_MASK)
 
 
@@ -401,9 +401,9 @@ async def open_calls(connection: Connection, accounts: Iterable[int] | None) -> 
 
 
 class _Work:
-    """One batch: `take` what is new, know the calls that it may touch (`recollect`, or `load` all of them),
-    `fold` it into rows, and write them: `add` those that are only added, the rest by a statement that gets
-    `arguments`. The first three may be done piece by piece."""
+    """One batch: know what is new of it (`foreknows`, or `takes` for each message) and the calls that it may
+    touch (`recollect`, or `load` all of them), `fold` it into rows, and write them: `add` those that are only
+    added, the rest by a statement that gets `arguments`. `recollect` and `fold` may be done piece by piece."""
 
     def __init__(self, known: dict[int, _Account], positions: dict[str, int]) -> None:
         """`positions` says up to where each stream is committed."""

@@ -32,9 +32,13 @@ _HELD = f"""l.locktype = 'advisory' AND l.granted AND l.database = (
 IS_HELD = f"EXISTS (SELECT FROM pg_locks l WHERE {_HELD})"
 """A condition in SQL: a listener runs on this database. Any role may ask."""
 
-_WHO = f"""
+RUN = "listener run"
+"""What the name of a connection that holds a claim begins with; a migration holds the lock under another."""
+
+WHO = f"""
     SELECT a.application_name FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
     WHERE {_HELD}"""  # noqa: S608 - text of this module
+"""The names of the connections that hold the lock."""
 
 
 class Claim:
@@ -58,7 +62,7 @@ class Claim:
         Raises StoreUnavailable when the database does not answer, StoreError that names the holder when there
         is one.
         """
-        name = f"listener run (pid {os.getpid()} on {socket.gethostname()})"
+        name = f"{RUN} (pid {os.getpid()} on {socket.gethostname()})"
         settings = {
             "application_name": name[:63],
             # A host that lost its power says nothing; by these its claim ends after half a minute.
@@ -77,7 +81,7 @@ class Claim:
                     waited_s += TAKE_RETRY_S
                 else:
                     return cls(connection)
-                holder = await connection.fetchval(_WHO) or "a process of another database user"
+                holder = await connection.fetchval(WHO) or "a process of another database user"
             except BaseException:
                 connection.terminate()
                 raise

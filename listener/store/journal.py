@@ -222,8 +222,10 @@ class Journal:
         if not self._kept.accounts:
             return None
         if self._ids.left < len(heard):
-            async with self._reserving, self._connection() as connection:
-                self._ids.add(await connection.fetchval(_RESERVE, IDS_AHEAD), IDS_AHEAD)
+            async with self._reserving:
+                if self._ids.left < len(heard):  # nobody else has done it meanwhile
+                    async with self._connection() as connection:
+                        self._ids.add(await connection.fetchval(_RESERVE, IDS_AHEAD), IDS_AHEAD)
         foreseen = batch.foresee(heard, self._kept, self._ids.take)
         if foreseen is None:
             return None

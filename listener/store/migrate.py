@@ -2,7 +2,8 @@
 
 The migrations travel with the package: in a wheel they lie beside this file, in a checkout at its top.
 Each upgrade or downgrade is one transaction under a lock, so that two of them at once are one after the
-other, and a failure leaves the schema as it was.
+other, and a failure leaves the schema as it was. The lock is that of `listener.store.claim`, which a running
+listener holds for as long as it lives: so nobody waits for it who can be told to stop that listener instead.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from listener.errors import SchemaOutdated, StoreError
+from listener.store.claim import RUN, WHO
 from listener.store.connect import classified, engine
 
 
@@ -40,20 +42,27 @@ ROLES = ("listener_writer", "listener_reader", "listener_auditor")
 
 async def upgrade(dsn: str, revision: str = "head") -> None:
     """Bring the database to the revision; nothing happens where it is there already. Raises StoreError, also
-    where our roles are missing and the user of the DSN may not make them."""
+    where our roles are missing and the user of the DSN may not make them, or a listener runs that would have
+    the tables changed under it."""
 
     def run(connection: Connection) -> None:
-        if MigrationContext.configure(connection).get_current_revision() is None:
+        found = MigrationContext.configure(connection).get_current_revision()
+        if revision == "head" and found == head():
+            return
+        if found is None:
             _refuse_without_roles(connection)
+        _refuse_while_listening(connection)
         command.upgrade(_config(connection), revision)
 
     await _run(dsn, run)
 
 
 async def downgrade(dsn: str, revision: str) -> None:
-    """Bring the database back to an older revision; `base` removes all tables with what is in them."""
+    """Bring the database back to an older revision; `base` removes all tables with what is in them. Raises
+    StoreError while a listener runs."""
 
     def run(connection: Connection) -> None:
+        _refuse_while_listening(connection)
         command.downgrade(_config(connection), revision)
 
     await _run(dsn, run)
@@ -110,6 +119,12 @@ def _refuse_without_roles(connection: Connection) -> None:
         f"The user {user} may not create the roles that are missing. Let a superuser run: {create}"
         f" GRANT {', '.join(ROLES)} TO {user}; then run `listener db upgrade` again."
     )
+
+
+def _refuse_while_listening(connection: Connection) -> None:
+    listening = connection.execute(text(WHO)).scalars().all()
+    if holder := next((name for name in listening if name.startswith(RUN)), None):
+        raise StoreError(f"The tables cannot be changed while {holder} works with them: stop it first.")
 
 
 def _config(connection: Connection | None = None) -> Config:

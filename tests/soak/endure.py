@@ -189,9 +189,10 @@ class Endurance:
         """Writes the settings, without some accounts: (centre, account)."""
         names = {self.centres[centre].account(self._login(centre, account)) for centre, account in without}
         limits = f"delivery_bytes_max = {DELIVERY_BYTES_MAX}"
-        self.config.write_text(
-            configuration(f'dsn = "{self.dsn}"', *self.centres, limits=limits, without=names)
-        )
+        # At once, as whoever manages files does it: a signal of the blow before may be about to have it read.
+        whole = self.config.with_suffix(".new")
+        whole.write_text(configuration(f'dsn = "{self.dsn}"', *self.centres, limits=limits, without=names))
+        whole.replace(self.config)
 
     def _login(self, centre: int, account: int) -> str:
         return list(self.centres[centre].simulator.accounts)[account]

@@ -19,7 +19,7 @@ from listener.core.decode import decode
 from listener.errors import SchemaOutdated, StoreError, StoreUnavailable
 from listener.store import batch, rows
 from listener.store.embedded import Embedded
-from listener.store.journal import AccountRow, Journal
+from listener.store.journal import IDS_AHEAD, AccountRow, Journal
 from tests.core import messages
 from tests.store.line import T0, Line
 from tests.support.database import new_database
@@ -281,6 +281,26 @@ async def test_a_redelivery_within_one_batch_counts_once(journal: Journal, sql: 
     assert recorded.entries == tuple(noted(each, decode(each.raw, each.channel)) for each in entries)
     assert recorded.duplicates == 3
     assert (await counts(sql))["notification"] == 2
+
+
+@pytest.mark.parametrize("at_once_max", [0, 100])
+async def test_a_redelivery_within_a_batch_of_what_is_known_counts_once(
+    journal: Journal, sql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, at_once_max: int
+) -> None:
+    """Also where such a batch would be folded before the database is asked; the next one is, and its last
+    message is the mark."""
+    monkeypatch.setattr(batch, "AT_ONCE_MAX", at_once_max)
+    line = Line()
+    await journal.record(line.call("Ringing"))
+    entries = line.call("Established", "Held", "Released")
+
+    recorded = await journal.record([entries[0], entries[0], entries[1], entries[0], entries[2]])
+
+    assert (len(recorded.entries), recorded.duplicates) == (3, 2)
+    assert await sql.fetchval("SELECT notifications FROM call") == 4
+    assert await sql.fetchval("SELECT position FROM stream") == 4
+    await journal.record(line.call("Ringing", "Established", "Held", id="next"))
+    assert await sql.fetchval("SELECT position FROM stream") == 7
 
 
 async def test_a_redelivery_after_a_restart_is_recognised(
@@ -655,6 +675,23 @@ async def test_a_batch_that_comes_again_is_known_by_its_new_number(
     assert await kept() == (4, 3, 4)
 
 
+async def test_a_batch_that_comes_again_at_once_is_known_by_its_new_number(
+    journal: Journal, sql: asyncpg.Connection
+) -> None:
+    """As after a restart, when what the spool had kept and the redelivery of it are written together."""
+    first, second = Line().call("Ringing", "Established")
+
+    await journal.record(
+        [
+            structs.replace(each, batch=number)
+            for each, number in ((first, (1, 1)), (second, (2, 2)), (second, (9, 2)))
+        ]
+    )
+
+    kept = await sql.fetchrow("SELECT position, batch, batch_position FROM stream")
+    assert tuple(kept or ()) == (2, 9, 2)
+
+
 def send_buffer_bytes(connection: Any) -> int:
     """How much a connection takes before PostgreSQL has read it."""
     plug = connection._transport.get_extra_info("socket")
@@ -691,6 +728,18 @@ async def test_what_is_known_is_written_in_one_round_trip(database: str, sql: as
         assert len(asked) > 2
     assert recorded.steps[0].call.user_data == {"k": "v"}
     assert await sql.fetchval("SELECT count(*) FROM call") == 2
+
+
+async def test_ids_are_set_aside_once_for_all_who_wait(database: str, sql: asyncpg.Connection) -> None:
+    """Writers that find none left at the same time need one round trip between them, and waste none."""
+    async with await Journal.open(database, connections=4) as opened:
+        await opened.register([AccountRow(name, "", "lab") for name in "abcd"])
+        lines = [Line(account) for account in (1, 2, 3, 4)]
+        for line in lines:
+            await opened.record(line.call("Ringing"))
+        before = await sql.fetchval("SELECT last_value FROM notification_id_seq")
+        await asyncio.gather(*[opened.record(line.call("Established")) for line in lines])
+        assert await sql.fetchval("SELECT last_value FROM notification_id_seq") - before == IDS_AHEAD
 
 
 async def test_kept_calls_are_bounded(
