@@ -319,8 +319,8 @@ def _database(settings: "Settings", *, make: bool = False) -> Iterator[str]:
     directory = settings.store.data_dir
     if not make and not directory.exists():
         raise StoreError(
-            f"there is no database in {directory.absolute()} yet: `listener run` makes one, `make demo` one to "
-            "try; or name another with store.dsn or store.data_dir, or the settings that do with -c"
+            f"there is no database in {directory.absolute()} yet: `listener run` makes one, `make demo` one "
+            "to try; or name another with store.dsn or store.data_dir, or the settings that do with -c"
         )
     with Embedded(directory) as server:
         yield server.dsn
@@ -688,8 +688,8 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.config is None and find(None, os.environ) == DEMO_CONFIG:
         raise SettingsError(
-            f"no listener.toml here, and `run` does not take {DEMO_CONFIG}, whose contact centre ends with the "
-            "demo; write one (deploy/listener.example.toml shows all of it), or name one with -c"
+            f"no listener.toml here, and `run` does not take {DEMO_CONFIG}, whose contact centre ends with "
+            "the demo; write one (deploy/listener.example.toml shows all of it), or name one with -c"
         )
     _, settings = _found_settings(options, listens=True)
     run(settings, reread=lambda: _settings(options), goodbye=options.goodbye)
