@@ -74,7 +74,7 @@ class Mark(Struct, frozen=True, gc=False):
 
 
 def told(recorded: Recorded) -> tuple[list[Told | Trouble], dict[int, Mark]]:
-    """What a committed batch tells, in the order of its messages, and how far its accounts have come with it."""
+    """What a committed batch tells, in the order of its messages, and how far its accounts have come."""
     items: list[Told | Trouble] = []
     marks: dict[int, Mark] = {}
     steps = iter(zip(recorded.origins, recorded.steps, strict=True))

@@ -403,7 +403,7 @@ async def open_calls(connection: Connection, accounts: Iterable[int] | None) -> 
 class _Work:
     """One batch: know what is new of it (`foreknows`, or `takes` for each message) and the calls that it may
     touch (`recollect`, or `load` all of them), `fold` it into rows, and write them: `add` those that are only
-    added, the rest by a statement that gets `arguments`. `recollect` and `fold` may be done piece by piece."""
+    added, the rest by a statement that gets `arguments`. `recollect` and `fold` may be done in pieces."""
 
     def __init__(self, known: dict[int, _Account], positions: dict[str, int]) -> None:
         """`positions` says up to where each stream is committed."""

@@ -31,8 +31,8 @@ CONNECT_S_MAX = 10
 
 SEND_BUFFER_BYTES = 2**19
 """What a local connection of the write side takes before PostgreSQL has read it: asyncpg sends COPY in pieces
-of this size. Linux gives 208 KiB unless asked; asked, twice as much, but no more than twice net.core.wmem_max,
-which is 416 KiB where nobody has raised it."""
+of this size. Linux gives 208 KiB unless asked; asked, twice as much, up to twice net.core.wmem_max, which is
+416 KiB where nobody has raised it."""
 
 PASSING = (
     "08",  # connection exceptions
