@@ -34,6 +34,10 @@ SEND_BUFFER_BYTES = 2**19
 of this size. Linux gives 208 KiB unless asked; asked, twice as much, up to twice net.core.wmem_max, which is
 416 KiB where nobody has raised it."""
 
+POOLED_CONNECTIONS_MAX = 15
+POOLED_CONNECTIONS_KEPT = 5
+"""Of a pool for questions; who comes beyond it waits for one, up to SQLAlchemy's 30 s."""
+
 PASSING = (
     "08",  # connection exceptions
     "25006",  # read-only: a standby, or a primary that was demoted
@@ -58,7 +62,10 @@ def engine(dsn: str, *, settings: Mapping[str, str] | None = None, pooled: bool 
     async def connect() -> asyncpg.Connection:
         return await asyncpg.connect(dsn or None, timeout=CONNECT_S_MAX, server_settings=dict(settings or {}))
 
-    pool: dict[str, Any] = {"pool_pre_ping": True} if pooled else {"poolclass": NullPool}
+    pool: dict[str, Any] = {"poolclass": NullPool}
+    if pooled:
+        more = POOLED_CONNECTIONS_MAX - POOLED_CONNECTIONS_KEPT
+        pool = {"pool_pre_ping": True, "pool_size": POOLED_CONNECTIONS_KEPT, "max_overflow": more}
     return create_async_engine("postgresql+asyncpg://", async_creator=connect, **pool)
 
 
