@@ -614,6 +614,7 @@ def test_a_database_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> Non
     code, out, said = _run(capsys, "db", "current", "--set", "store.dsn=postgresql://x@127.0.0.1:1/x")
     assert (code, out) == (cli.STORE, "")
     assert said.startswith("listener: PostgreSQL does not answer")
+    assert "store.dsn" in said
     code, out, said = _run(capsys, "db", "current")
     assert (code, out) == (cli.STORE, "")
     assert "`listener run` makes one, `make demo` one to try" in said

@@ -120,6 +120,8 @@ def classified(error: BaseException) -> StoreError | None:
         return StoreError(f"PostgreSQL: TLS failed: {error}. Look at sslmode and sslrootcert of the DSN.")
     if isinstance(error, asyncpg.ClientConfigurationError):
         return StoreError(f"The DSN cannot be used: {error}.")
+    if isinstance(error, ConnectionRefusedError | FileNotFoundError | socket.gaierror):
+        return StoreUnavailable(f"PostgreSQL does not answer: {error}. Is it up, and is store.dsn right?")
     if isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.InternalClientError):
         # The last two are what asyncpg says of a connection that was closed, or was ended by the server.
         return StoreUnavailable(f"PostgreSQL does not answer: {str(error) or type(error).__name__}.")

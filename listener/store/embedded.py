@@ -459,7 +459,9 @@ def _home(asked: Path, account: Account | None) -> Path:
         names = {entry.name for entry in home.iterdir()}
         found = home.stat()
     except OSError as error:
-        raise StoreError(f"{asked} cannot hold the bundled PostgreSQL: {error}.") from error
+        raise StoreError(
+            f"{asked} cannot hold the bundled PostgreSQL: {error}. Name another place with store.data_dir."
+        ) from error
     ours = (home / "data" / "PG_VERSION").exists()
     if not ours and ("data" in names or not names <= OUR_NAMES):
         raise StoreError(
