@@ -30,7 +30,7 @@ from tests.peers.proxy import TcpProxy, free_port
 from tests.store.line import T0, Line
 from tests.support.database import THROWAWAY
 from tests.support.memory import Said
-from tests.support.outage import Fragile
+from tests.support.outage import Fragile, change_a_bit
 from tests.support.running import InProcess, account, settings_for, short_place, until
 from tests.support.truth import compare
 
@@ -922,9 +922,8 @@ async def lasting(sql: asyncpg.Connection, name: str) -> list[asyncpg.Record]:
 def damage(settings: Settings, words: bytes, *, behind: float = 0.0) -> None:
     """Changes a bit of a message in the spool: where these words come, behind that share of the file."""
     (path,) = settings.spool_directory().glob("*.spool")
-    content = bytearray(path.read_bytes())
-    content[content.index(words, int(behind * len(content))) + 5] ^= 1
-    path.write_bytes(content)
+    content = path.read_bytes()
+    change_a_bit(path, content.index(words, int(behind * len(content))) + 5)
 
 
 async def test_what_is_damaged_in_the_spool_of_an_earlier_run_is_a_gap_although_its_session_goes_on(

@@ -18,7 +18,7 @@ from listener.pipeline import RETRY_S, RETRY_S_MAX, Pipeline, Spooling
 from listener.store.journal import AccountRow, Journal
 from listener.store.spool import Spool
 from tests.support.memory import HEARD_AT, MemoryJournal, Said, until
-from tests.support.outage import Fragile, briefly
+from tests.support.outage import Fragile, briefly, change_a_bit
 
 
 class Counts:
@@ -731,9 +731,7 @@ async def test_a_delivery_that_was_damaged_in_the_spool_holds_up_nothing(tmp_pat
             await pipeline.hear(said.next(), partial(committed.append, number))
         await until(lambda: pipeline.spooled_notifications == 5)
         (path,) = (tmp_path / "spool").glob("*.spool")
-        content = bytearray(path.read_bytes())
-        content[content.index(said.said[2].raw) + 5] ^= 1
-        path.write_bytes(content)
+        change_a_bit(path, path.read_bytes().index(said.said[2].raw) + 5)
         journal.available = True
         await pipeline.drain()
     assert [one.position for one in journal.stored(1)] == [1, 2, 4, 5]
@@ -753,9 +751,7 @@ async def test_what_is_damaged_of_an_earlier_run_is_told_before_anything_is_comm
         spool.append([each.next(2)])
     spool.close()
     (path,) = place.glob("*.spool")
-    content = bytearray(path.read_bytes())
-    content[content.index(said[0].said[0].raw) + 5] ^= 1
-    path.write_bytes(content)
+    change_a_bit(path, path.read_bytes().index(said[0].said[0].raw) + 5)
     journal = MemoryJournal()
     told: list[tuple[Missing, bool]] = []
     durable = asyncio.Event()
@@ -851,9 +847,7 @@ async def test_what_an_earlier_run_left_and_is_damaged_later_is_missing_since_th
     spool.close()
     spool = Spool.open(tmp_path / "spool")
     (segment,) = (tmp_path / "spool").glob("*.spool")
-    content = bytearray(segment.read_bytes())
-    content[sum(places[1][1:]) - 10] ^= 1
-    segment.write_bytes(content)
+    change_a_bit(segment, sum(places[1][1:]) - 10)
     told: list[Missing] = []
 
     async def lost(missing: Sequence[Missing], left: bool) -> None:

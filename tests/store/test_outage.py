@@ -30,7 +30,7 @@ from listener.store.journal import AccountRow, Journal
 from listener.store.spool import Spool, inspect
 from tests.support.database import THROWAWAY
 from tests.support.memory import HEARD_AT, Said
-from tests.support.outage import Fragile, briefly
+from tests.support.outage import Fragile, briefly, change_a_bit
 from tests.support.running import until
 
 ROOT = Path(__file__).parents[2]
@@ -426,9 +426,7 @@ async def test_a_kill_while_damage_is_found_leaves_the_same_gap(
             spool.append([line.next(2)])
     spool.close()
     (path,) = place.glob("*.spool")
-    content = bytearray(path.read_bytes())
-    content[content.index(said[0].said[4].raw) + 5] ^= 1
-    path.write_bytes(content)
+    change_a_bit(path, path.read_bytes().index(said[0].said[4].raw) + 5)
     async with await Journal.open(fragile_database) as journal:
         await journal.register([AccountRow(name, "", "lab") for name in ("ada", "bob")])
         await journal.cover([Cover(account, HEARD_AT - timedelta(hours=1)) for account in (1, 2)])

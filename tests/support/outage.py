@@ -63,6 +63,15 @@ class Fragile:
             await holder.close()
 
 
+def change_a_bit(path: Path, at: int) -> None:
+    """Changes a bit of the byte there, as a bad disk does: who reads the file meanwhile never finds it empty."""
+    with path.open("r+b", buffering=0) as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
 @asynccontextmanager
 async def uncommitted(dsn: str) -> AsyncIterator[None]:
     """Lets no message be committed during the block: each transaction waits in its middle."""
