@@ -64,7 +64,7 @@ class Fragile:
 
 
 def change_a_bit(path: Path, at: int) -> None:
-    """Changes a bit of the byte there, as a bad disk does: who reads the file meanwhile never finds it empty."""
+    """Changes a bit of the byte there, as a bad disk does: whoever reads meanwhile never finds it empty."""
     with path.open("r+b", buffering=0) as file:
         file.seek(at)
         (byte,) = file.read(1)
